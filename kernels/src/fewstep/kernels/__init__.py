@@ -1,0 +1,1 @@
+"""Fused operations for diffusion networks: attention, GroupNorm, sampler updates."""

@@ -1,0 +1,1 @@
+"""The application: data, metrics, training loop, launching, command line, reports."""

@@ -1,0 +1,1 @@
+"""UNet and DiT denoisers with class, text and guidance-weight conditioning."""

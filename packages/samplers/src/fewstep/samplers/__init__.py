@@ -1,0 +1,1 @@
+"""One function per diffusion sampler, for any denoiser."""

@@ -1,0 +1,1 @@
+"""Noise schedules, conversions and loss weights of diffusion models, exact at both ends."""
