@@ -1,0 +1,222 @@
+"""The typed schema of an experiment: what a config may contain, with defaults and meaning.
+
+Hydra composes `experiments/<name>/config.yaml` with the groups of `fewstep/lab/conf` into one `Config` (see `compose`).
+A field marked `result=False` (progress, logging, saving, cluster) may change between two calls of `fewstep run`; any
+other field changes what is computed, and a stage that was made with another value refuses to go on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def _free(default: Any) -> Any:
+    """A field that changes no result: two calls of `fewstep run` may differ in it."""
+    return field(default=default, metadata={"result": False})
+
+
+@dataclass
+class DataConfig:
+    """Where images come from; `heldout` images are kept from every training stage."""
+
+    name: str = "digits"
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    heldout: int = 450
+
+
+@dataclass
+class NetworkConfig:
+    """A network of `fewstep.models`: type ("UNet", "DiT"), named preset, and keyword arguments that override it."""
+
+    type: str = "UNet"
+    preset: str = "digits"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StageConfig:
+    """What every stage has. `name` is the key under `stages:` and is filled in by `compose`.
+
+    needs: names of the stages whose folders this one reads; the graph of a run is made of these alone.
+    """
+
+    kind: str = MISSING
+    needs: list[str] = field(default_factory=list)
+    name: str = ""
+
+
+@dataclass
+class ClassifierConfig(StageConfig):
+    """The judge: a small CNN trained on the training split; its features measure FID, IS, KID, precision and recall."""
+
+    kind: str = "classifier"
+    updates: int = 1200
+    batch_size: int = 128
+    lr: float = 2e-3
+    width: int = 32
+    max_shift: int = 1  # pixels, augmentation
+    noise: float = 0.1  # standard deviation, augmentation
+
+
+@dataclass
+class TrainingConfig(StageConfig):
+    """Options of every stage that trains with the loop of `fewstep.lab.train`.
+
+    updates: optimiser updates, exactly that many. batch_size: images per update over all processes and accumulation.
+    anneal: "none", "linear" or "cosine"; the last two reach exactly 0 after the last update.
+    ema_half_life: half-life of the averaged weights as a fraction of the run, at most; 0 keeps no average.
+    ema_decay: the papers' fixed maximal decay (0.9999) in place of the half-life.
+    precision: "fp32", "bf16" or "fp16" (autocast). weight: loss weight by its name in `fewstep.schedules`.
+    """
+
+    updates: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 0  # updates
+    anneal: str = "none"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float | None = 1.0
+    ema_half_life: float = 0.0
+    ema_decay: float | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    weight: str = "truncated_snr"
+    dropout: float | None = None  # None leaves what the network has
+    checkpoint_updates: int = _free(0)  # save every so many updates; 0: by seconds alone
+    checkpoint_seconds: float = _free(30.0)  # save every so many seconds; 0: by updates alone
+    log_every: int = _free(50)  # updates
+
+
+@dataclass
+class TeacherConfig(TrainingConfig):
+    """Ordinary training of the denoiser, its condition dropped with probability `cond_drop`."""
+
+    kind: str = "teacher"
+    updates: int = 4000
+    ema_half_life: float = 0.05
+    weight: str = "snr_plus_one"
+    cond_drop: float = 0.1
+
+
+@dataclass
+class StudentConfig:
+    """`network`: None is a copy of the teacher's; else a network of its own, initialised from the layers that match."""
+
+    network: NetworkConfig | None = None
+
+
+@dataclass
+class GuideConfig(TrainingConfig):
+    """Stage one (paper A, algorithm 1): one network that takes w in place of two guided evaluations.
+
+    w_range: w ~ U[w_min, w_max] per sample; [w, w] is the fixed-w baseline. w = 0 is no guidance (Stable Diffusion's
+    guidance scale is 1 + w). guidance_form: "normalized" or "diffusers", the embedding of w.
+    """
+
+    kind: str = "guide"
+    updates: int = 4000
+    anneal: str = "linear"
+    ema_half_life: float = 0.05
+    w_range: list[float] = field(default_factory=lambda: [0.0, 4.0])
+    guidance_form: str = "normalized"
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass
+class HalveConfig(TrainingConfig):
+    """Stage two (papers C and A, algorithm 2): students of `steps`, each half of the one before.
+
+    The first one's teacher is the stage-one model taking 2 steps[0] half-steps. Fresh optimiser, learning rate
+    annealed to 0, no average of weights and no dropout in every halving. updates_at: updates of the student of that
+    many steps where they differ from `updates`. w_range: None takes the teacher's.
+    """
+
+    kind: str = "halve"
+    steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
+    updates: int = 1000
+    updates_at: dict[int, int] = field(default_factory=dict)
+    anneal: str = "linear"
+    dropout: float | None = 0.0
+    w_range: list[float] | None = None
+    student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass
+class ReferenceConfig:
+    """The sampler and steps on the guided teacher that count as truth for the paired error."""
+
+    sampler: str = "dpmpp_2m"
+    steps: int = 64
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """What is measured: distances to data and to the teacher, class accuracy, paired error, time.
+
+    num_samples: samples per w for the distances. paired_noises: noises per w for the paired error. weights: the values
+    of w (w = 0 is no guidance; Stable Diffusion's guidance scale is 1 + w). steps: the students'. check_noises: noises
+    on which the reference sampler is first held against 512-step DDIM. curve_weights: w of the FID-IS curve. chunk:
+    images sampled at once. floor: also measure two sets of teacher samples against each other. timing_batches: batch
+    sizes at which the speed-up is measured.
+    """
+
+    kind: str = "evaluate"
+    num_samples: int = 1000
+    paired_noises: int = 128
+    weights: list[float] = field(default_factory=lambda: [0.0, 1.0, 3.0])
+    steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    check_noises: int = 64
+    curve_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.5, 1.0, 2.0, 3.0, 4.0])
+    chunk: int = 250
+    seed: int = 1
+    floor: bool = False
+    timing_batches: list[int] = field(default_factory=lambda: [1, 64, 256])
+
+
+@dataclass
+class ReportConfig(StageConfig):
+    """The HTML page and its pictures."""
+
+    kind: str = "report"
+    title: str = ""
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "classifier": ClassifierConfig,
+    "teacher": TeacherConfig,
+    "guide": GuideConfig,
+    "halve": HalveConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+}
+
+
+@dataclass
+class Config:
+    """One experiment.
+
+    out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch on the CPU; None leaves torch's choice.
+    schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
+    "flow". stages: name -> one of the dataclasses above, in the order in which they run.
+    """
+
+    name: str = MISSING
+    out: str = _free("runs/${name}")
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    deterministic: bool = True
+    progress: bool = _free(True)
+    tensorboard: bool = _free(True)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: dict[str, Any] = field(default_factory=lambda: {"type": "Cosine"})
+    prediction: str = "v"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    stages: dict[str, Any] = field(default_factory=dict)

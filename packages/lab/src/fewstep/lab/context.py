@@ -1,0 +1,43 @@
+"""What a stage function is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fewstep.lab.config import Config
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """The arguments of `run(ctx)`, the one function of every `fewstep.lab.stages.*` module.
+
+    config: the whole experiment. stage: this stage's own entry (`GuideConfig`, `EvaluateConfig`, ...). inputs: name ->
+    folder of each stage in `stage.needs`, all of them finished. out: this stage's folder; what lies in it from an
+    interrupted call is to be gone on from. stopping: true once the user or the cluster asked to stop: save, then raise
+    `Interrupted`. strict: warnings about a model used outside what it was trained for are errors.
+    """
+
+    config: Config
+    stage: Any
+    inputs: dict[str, Path]
+    out: Path
+    device: torch.device
+    console: Console = field(default_factory=Console)
+    stopping: Callable[[], bool] = _never
+    strict: bool = False
+
+    def inputs_of_kind(self, kind: str) -> dict[str, Path]:
+        """The inputs whose stage is of that kind ("teacher", "guide", "halve", ...), in the order of `needs`."""
+        return {name: path for name, path in self.inputs.items() if self.config.stages[name].kind == kind}
+
+
+class Interrupted(Exception):
+    """The stage saved its state and stopped because it was asked to; `fewstep run` again goes on from there."""
