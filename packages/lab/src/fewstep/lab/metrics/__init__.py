@@ -1,0 +1,37 @@
+"""Metrics on sets of images, and on images paired by their noise."""
+
+from .fidelity import (
+    Features,
+    Judge,
+    KernelDistance,
+    PrecisionRecall,
+    extract,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    register_judge,
+)
+from .moments import Moments
+from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
+from .targets import Target
+
+__all__ = [
+    "Features",
+    "Judge",
+    "KernelDistance",
+    "Moments",
+    "PairedError",
+    "PrecisionRecall",
+    "Target",
+    "class_accuracy",
+    "extract",
+    "frechet_distance",
+    "guidance_response",
+    "inception_score",
+    "kernel_distance",
+    "paired_error",
+    "precision_recall",
+    "register_judge",
+    "squared_errors",
+]

@@ -1,0 +1,127 @@
+"""FID, IS, KID, precision and recall by torch-fidelity, in the features of any judge network.
+
+The experiment's own classifier is registered with torch-fidelity as a feature extractor, so every formula is the
+published one and only the features differ: **numbers made here are not Inception numbers** and must not be compared
+with any. Images are float32, clamped to [-1, 1], and are not rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from .moments import Moments
+
+Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""images (B, C, H, W) in [-1, 1] -> (features (B, D), class logits (B, K))."""
+
+LAYERS = ("features", "logits")
+
+
+class Features(NamedTuple):
+    """What a judge sees in a set of images, float64 on the CPU: features (N, D) and logits (N, K)."""
+
+    features: Tensor
+    logits: Tensor
+
+
+def register_judge(name: str, judge: Judge) -> str:
+    """Register `judge` with torch-fidelity under `name` and return the name; a second registration replaces the first.
+
+    Layers "features" (FID, KID, precision and recall) and "logits" (IS) can then be used by
+    `torch_fidelity.calculate_metrics(feature_extractor=name, ...)` as well as by the functions below.
+    """
+
+    class JudgeFeatures(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no type information
+        """The judge as torch-fidelity wants it: a class that it instantiates by name."""
+
+        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            """Names of the layers that can be asked for."""
+            return LAYERS
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            """Which of them a metric uses."""
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            """No: the judge decides on its own device and form."""
+            return False
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            """Layers in the order in which they were requested, float64."""
+            found = dict(zip(LAYERS, judge(images.clamp(-1, 1)), strict=True))
+            return tuple(found[layer].double() for layer in self.features_list)
+
+    FEATURE_EXTRACTORS_REGISTRY.pop(name, None)
+    register_feature_extractor(name, JudgeFeatures)
+    return name
+
+
+def extract(name: str, batches: Iterable[Tensor]) -> Features:
+    """Features of images that come in batches (B, C, H, W), by the extractor registered as `name`.
+
+    Only one batch of images is held at a time. Raises ValueError for a name that is not registered.
+    """
+    extractor = create_feature_extractor(name, list(LAYERS), cuda=False, verbose=False)
+    with torch.inference_mode():
+        parts = [extractor(batch) for batch in batches]
+    return Features(*(torch.cat([part[i].cpu() for part in parts]) for i in range(len(LAYERS))))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Frechet distance |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians with these moments (FID, Heusel 2017)."""
+    return float(fid_statistics_to_metric(a.statistics(), b.statistics(), False)["frechet_inception_distance"])
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """Inception score exp E KL(p(y|x) || p(y)) (Salimans 2016) of logits (N, K), mean of `splits` parts; in [1, K]."""
+    return float(isc_features_to_metric(logits, splits)["inception_score_mean"])
+
+
+class KernelDistance(NamedTuple):
+    """KID: mean and standard deviation over subsets, and their size."""
+
+    mean: float
+    std: float
+    subset_size: int
+
+
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 50, subset_size: int = 1000) -> KernelDistance:
+    """Kernel distance (KID, Binkowski 2018; unbiased cubic MMD) between features (N, D) and (M, D).
+
+    The subsets have `subset_size` samples, or half the smaller set where that is less (as here: few held-out digits).
+    """
+    size = min(subset_size, min(len(a), len(b)) // 2)
+    found = kid_features_to_metric(a, b, kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    return KernelDistance(
+        float(found["kernel_inception_distance_mean"]), float(found["kernel_inception_distance_std"]), size
+    )
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1] of samples inside the data's manifold, and of data inside the samples'."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(samples: Tensor, data: Tensor, neighbours: int = 3) -> PrecisionRecall:
+    """Improved precision and recall (Kynkaanniemi 2019) of samples (N, D) against data (M, D), k neighbours."""
+    found = prc_features_to_metric(samples, data, prc_neighborhood=neighbours, verbose=False)
+    return PrecisionRecall(float(found["precision"]), float(found["recall"]))

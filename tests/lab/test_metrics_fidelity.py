@@ -1,0 +1,168 @@
+"""The torch-fidelity wrapper against closed forms, scipy and independent computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch_fidelity
+from fewstep.lab.metrics import (
+    Moments,
+    extract,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    register_judge,
+)
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+def gaussian(n: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return torch.randn(n, dim, generator=generator, dtype=torch.float64) @ mix * scale + shift
+
+
+def judge(images: Tensor) -> tuple[Tensor, Tensor]:
+    flat = images.flatten(1)
+    return flat[:, :6] + flat[:, 6:12].square(), 4 * flat[:, :5]
+
+
+class Images(Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def test_frechet_distance_is_scipys_with_a_matrix_square_root() -> None:
+    """If it fails, every FID of the report is another distance than the published one."""
+    a, b = gaussian(400, 8, seed=0), gaussian(300, 8, seed=1, shift=0.5)
+    mu, nu = a.mean(0).numpy(), b.mean(0).numpy()
+    s, t = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    expected = (mu - nu) @ (mu - nu) + np.trace(s + t - 2 * np.real(scipy.linalg.sqrtm(s @ t)))
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_gaussians_with_a_shared_basis_is_the_closed_form() -> None:
+    """Commuting covariances: |mu - nu|^2 + sum (sd_a - sd_b)^2, known without any square root of a matrix."""
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
+    sd_a, sd_b = np.array([0.5, 1.0, 2.0, 3.0, 0.1]), np.array([1.0, 1.0, 0.2, 3.5, 0.0])
+    mean_a, mean_b = np.zeros(5), np.linspace(-1, 1, 5)
+
+    def with_moments(mean: np.ndarray, sd: np.ndarray) -> Moments:
+        return Moments(11, mean, 10 * basis @ np.diag(sd**2) @ basis.T)
+
+    found = frechet_distance(with_moments(mean_a, sd_a), with_moments(mean_b, sd_b))
+    assert found == pytest.approx(((mean_a - mean_b) ** 2).sum() + ((sd_a - sd_b) ** 2).sum(), abs=1e-6)
+
+
+def test_inception_score_by_hand_and_at_its_ends() -> None:
+    """IS is 1 for a judge that cannot tell, K for one that is sure of K balanced classes."""
+    sure = 100 * torch.eye(4, dtype=torch.float64).repeat(50, 1)
+    assert inception_score(torch.zeros(200, 4)) == pytest.approx(1.0)
+    assert inception_score(sure, splits=1) == pytest.approx(4.0)
+    logits = gaussian(60, 4, seed=2)
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    by_hand = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert inception_score(logits, splits=1) == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_kernel_distance_is_the_unbiased_cubic_mmd() -> None:
+    """Independent double sum over the same random subsets: another kernel or estimator is another KID."""
+    a, b = gaussian(40, 3, seed=3), gaussian(40, 3, seed=4, shift=1.0)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def mmd(x: Tensor, y: Tensor) -> float:
+        n = len(x)
+        within = sum((kernel(s, s).sum() - kernel(s, s).diagonal().sum()) / (n * (n - 1)) for s in (x, y))
+        return float(within - 2 * kernel(x, y).mean())
+
+    rng = np.random.RandomState(2020)
+    expected = [mmd(a[rng.choice(40, 20, replace=False)], b[rng.choice(40, 20, replace=False)]) for _ in range(7)]
+    found = kernel_distance(a, b, subsets=7)
+    assert found.subset_size == 20
+    assert found.mean == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found.std == pytest.approx(np.std(expected), rel=1e-9)
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    """Samples in one of the data's two clusters: all precise, half recalled (torch-fidelity < 0.4 had them swapped)."""
+    cluster = gaussian(50, 2, seed=5, scale=0.1)
+    data = torch.cat([cluster, cluster + 100])
+    found = precision_recall(cluster + 1e-9, data)
+    assert found.precision == 1.0
+    assert found.recall == pytest.approx(0.5)
+
+
+def test_precision_by_brute_force() -> None:
+    """The radius is the distance to the third neighbour, itself not counted."""
+    samples, data = gaussian(30, 3, seed=6), gaussian(40, 3, seed=6, shift=0.7)
+    radius = torch.cdist(data, data).sort(1).values[:, 3]
+    inside = (torch.cdist(samples, data) <= radius).any(1).double().mean().item()
+    assert precision_recall(samples, data).precision == pytest.approx(inside)
+
+
+def test_registered_judge_gives_what_torch_fidelity_itself_computes() -> None:
+    """The wrapper's parts and torch_fidelity.calculate_metrics on the registered extractor must be the same numbers."""
+    generator = torch.Generator().manual_seed(7)
+    a, b = (torch.rand(n, 1, 4, 4, generator=generator) * 2.4 - 1.2 for n in (90, 70))
+    name = register_judge("test-judge", judge)
+    outside = torch_fidelity.calculate_metrics(
+        input1=Images(a), input2=Images(b), cuda=False, isc=True, fid=True, kid=True, prc=True, feature_extractor=name,
+        cache=False, save_cpu_ram=True, verbose=False, batch_size=32, kid_subsets=5, kid_subset_size=35,
+    )  # fmt: skip
+    ours_a, ours_b = extract(name, a.split(17)), extract(name, b.split(64))
+    kid = kernel_distance(ours_a.features, ours_b.features, subsets=5)
+    precision, recall = precision_recall(ours_a.features, ours_b.features)
+    assert frechet_distance(Moments.of(ours_a.features), Moments.of(ours_b.features)) == pytest.approx(
+        outside["frechet_inception_distance"], rel=1e-9
+    )
+    assert inception_score(ours_a.logits) == pytest.approx(outside["inception_score_mean"], rel=1e-9)
+    assert kid.mean == pytest.approx(outside["kernel_inception_distance_mean"], rel=1e-9)
+    assert (precision, recall) == pytest.approx((outside["precision"], outside["recall"]))
+
+
+def test_judge_sees_clamped_images_and_the_last_registration() -> None:
+    """Samples are made with clip=None: unclamped pixels would be judged outside the range it was trained on."""
+    register_judge("test-judge", lambda images: (images.flatten(1), images.flatten(1)))
+    found = extract(register_judge("test-judge", judge), [torch.full((2, 1, 4, 4), 3.0)])
+    assert found.features[0, 0] == 2.0  # 1 + 1^2, not 3 + 3^2
+    assert found.features.dtype == torch.float64
+
+
+def test_merged_moments_are_those_of_the_union(tmp_path: Path) -> None:
+    """Features extracted by several processes must give one process's FID, also through a statistics file."""
+    features = gaussian(101, 5, seed=8, shift=10.0)
+    merged = Moments.of(features[:30]).merge(Moments.of(features[30:57])).merge(Moments.of(features[57:]))
+    assert merged.count == 101
+    np.testing.assert_allclose(merged.mean, features.mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(merged.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-10)
+    merged.save(tmp_path / "reference.npz", features="test-judge")
+    loaded = Moments.load(tmp_path / "reference.npz", features="test-judge")
+    np.testing.assert_allclose(loaded.scatter, merged.scatter, rtol=1e-12)
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
+
+
+def test_reference_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
+    """Families of FID numbers must not be mixed; a broken file must not crash half-way through an evaluation."""
+    path = tmp_path / "reference.npz"
+    Moments.of(gaussian(9, 3, seed=9)).save(path, features="inception")
+    with pytest.raises(ValueError, match=r"features 'inception', not 'digits'"):
+        Moments.load(path, features="digits")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="holds no reference statistics"):
+        Moments.load(path, features="digits")
+    with pytest.raises(ValueError, match="N >= 2"):
+        Moments.of(torch.zeros(1, 3))
