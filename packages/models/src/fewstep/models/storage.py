@@ -1,0 +1,151 @@
+"""A denoiser as a folder: `model.safetensors` and `config.json`, never a pickle, never half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.network import Network, build_network
+from fewstep.schedules import Trained, schedule_from_config
+
+FORMAT = "fewstep-denoiser"
+VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+KEYS = ("network", "schedule", "prediction", "time_input", "trained", "sha256")
+
+
+def save(denoiser: NetworkDenoiser, path: str | os.PathLike[str]) -> None:
+    """Write the folder `path`: weights, and every setting that `load` needs (the guidance form among them).
+
+    Written beside `path` and then renamed, so `path` is either the whole new model, the whole old one, or (for the
+    moment between two renames) absent; never a mixture.
+
+    Raises:
+        ValueError: not a NetworkDenoiser around a UNet or DiT (of a GuidedDenoiser, save `.denoiser`).
+        FileExistsError: path is a file.
+    """
+    path = Path(path)
+    if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, Network):
+        raise ValueError(f"save takes a NetworkDenoiser around a UNet or DiT, got {type(denoiser).__name__}")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: save writes a folder")
+    weights = safetensors.torch.save({k: v.contiguous() for k, v in denoiser.network.state_dict().items()})
+    config = json.dumps(_settings(denoiser, weights), indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new = Path(folder) / "new"
+        new.mkdir()
+        _write(new / WEIGHTS, weights)
+        _write(new / CONFIG, config.encode())
+        if path.exists():
+            path.rename(Path(folder) / "old")
+        new.rename(path)
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """Read what `save` wrote, bit for bit, in eval mode; nothing in the files is ever executed.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files is missing.
+        ValueError: a file is damaged, of a newer version, or does not fit the network that it describes.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: load takes the folder that save wrote ({WEIGHTS} and {CONFIG}), no pickle")
+    config = _read_config(path)
+    tensors = _read_weights(path, config["sha256"])
+    try:
+        with torch.device("meta"):
+            network = build_network(config["network"])
+        schedule = schedule_from_config(config["schedule"])
+        trained = None if config["trained"] is None else Trained(**config["trained"])
+        denoiser = NetworkDenoiser(
+            network, schedule, config["prediction"], time_input=config["time_input"], trained=trained
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path / CONFIG} does not describe a denoiser: {error}") from None
+    _check_tensors(path, network, tensors)
+    network.load_state_dict(tensors, assign=True)
+    return denoiser.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # see UNet
+
+
+def _settings(denoiser: NetworkDenoiser, weights: bytes) -> dict[str, Any]:
+    trained = denoiser.trained
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "network": denoiser.network.config,
+        "schedule": denoiser.schedule.to_config(),
+        "prediction": denoiser.prediction,
+        "time_input": denoiser.time_input,
+        "trained": None if trained is None else dataclasses.asdict(trained),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} is missing: load needs the folder that save wrote ({WEIGHTS}, {CONFIG})") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(path / CONFIG))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ValueError(f"{path / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path / CONFIG} was not written by fewstep.models.save (format is not {FORMAT!r})")
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{path / CONFIG} has format version {config.get('version')!r}, this fewstep reads {VERSION}: "
+            "update fewstep, or save the model again"
+        )
+    missing = [key for key in KEYS if key not in config]
+    if missing:
+        raise ValueError(f"{path / CONFIG} lacks the keys {missing}")
+    return config
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    content = _read(path / WEIGHTS)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path / WEIGHTS} is damaged or is not the file that {CONFIG} describes (SHA-256 differs)")
+    try:
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}  # torch's alignment
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path / WEIGHTS} is not a safetensors file: {error}") from None
+
+
+def _check_tensors(path: Path, network: Network, tensors: dict[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [f"{n} {found[n]} instead of {expected[n]}" for n in sorted(expected) if found.get(n, expected[n]) != expected[n]]
+    problems = [
+        f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", shapes))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{path / WEIGHTS} does not fit its network ({network.config['type']}): {'; '.join(problems)}")
