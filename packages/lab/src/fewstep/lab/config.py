@@ -11,6 +11,10 @@ from typing import Any
 from omegaconf import MISSING
 
 
+class ConfigError(ValueError):
+    """A mistake of the user's: its message is one line that names key, value and what would be right."""
+
+
 def _free(default: Any) -> Any:
     """A field that changes no result: two calls of `fewstep run` may differ in it."""
     return field(default=default, metadata={"result": False})
@@ -49,19 +53,6 @@ class StageConfig:
 
 
 @dataclass
-class ClassifierConfig(StageConfig):
-    """The judge: a small CNN trained on the training split; its features measure FID, IS, KID, precision and recall."""
-
-    kind: str = "classifier"
-    updates: int = 1200
-    batch_size: int = 128
-    lr: float = 2e-3
-    width: int = 32
-    max_shift: int = 1  # pixels, augmentation
-    noise: float = 0.1  # standard deviation, augmentation
-
-
-@dataclass
 class TrainingConfig(StageConfig):
     """Options of every stage that trains with the loop of `fewstep.lab.train`.
 
@@ -94,6 +85,26 @@ class TrainingConfig(StageConfig):
 
 
 @dataclass
+class ClassifierConfig(TrainingConfig):
+    """The judge: a small CNN trained on the training split; its features measure FID, IS, KID, precision and recall.
+
+    width: channels of its first layer; its features are twice as many. max_shift (pixels) and noise (standard deviation):
+    of the augmentation.
+    """
+
+    kind: str = "classifier"
+    updates: int = 1200
+    batch_size: int = 128
+    lr: float = 2e-3
+    anneal: str = "linear"
+    weight_decay: float = 1e-2
+    ema_half_life: float = 0.05
+    width: int = 32
+    max_shift: int = 1
+    noise: float = 0.1
+
+
+@dataclass
 class TeacherConfig(TrainingConfig):
     """Ordinary training of the denoiser, its condition dropped with probability `cond_drop`."""
 
@@ -105,10 +116,21 @@ class TeacherConfig(TrainingConfig):
 
 
 @dataclass
-class StudentConfig:
-    """`network`: None is a copy of the teacher's; else a network of its own, initialised from the layers that match."""
+class StudentNetworkConfig:
+    """What differs from the experiment's `network`; a type or preset of None is the experiment's own."""
 
-    network: NetworkConfig | None = None
+    type: str | None = None
+    preset: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class StudentConfig:
+    """`network` as it stands is a copy of the teacher; anything set in it makes a network of its own, initialised from
+    the layers that match the teacher's.
+    """
+
+    network: StudentNetworkConfig = field(default_factory=StudentNetworkConfig)
 
 
 @dataclass
@@ -123,6 +145,7 @@ class GuideConfig(TrainingConfig):
     updates: int = 4000
     anneal: str = "linear"
     ema_half_life: float = 0.05
+    dropout: float | None = 0.0
     w_range: list[float] = field(default_factory=lambda: [0.0, 4.0])
     guidance_form: str = "normalized"
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -156,14 +179,61 @@ class ReferenceConfig:
 
 
 @dataclass
+class PairedTarget:
+    """The paired error of the student of `steps` at `w` is to be at most `at_most` times the best undistilled one's."""
+
+    w: float = MISSING
+    steps: int = MISSING
+    at_most: float = MISSING
+
+
+@dataclass
+class TargetsConfig:
+    """Figures to reach, each with its verdict in `results.json`; null, or an empty list, asks for nothing.
+
+    teacher_accuracy: class accuracy at w = 1, at least. teacher_fid: FID to held-out images at w = 0 over that of as many
+    training images. reference: RMSE between the reference sampler and the many-step one. paired: see `PairedTarget`.
+    distance: Frechet distance to the teacher's samples of the same w over the best undistilled sampler's. response:
+    guidance response over the teacher's is to lie within 1 +- this. fid: FID to held-out images at w = 0 over the
+    teacher's. stage_one: paired error of stage one alone, an aim only. overhead: time of ddim over that of its calls.
+    distance, response and fid are asked of the student of `EvaluateConfig.headline` steps.
+    """
+
+    teacher_accuracy: float | None = None
+    teacher_fid: float | None = None
+    reference: float | None = None
+    paired: list[PairedTarget] = field(default_factory=list)
+    distance: float | None = None
+    response: float | None = None
+    fid: float | None = None
+    stage_one: float | None = None
+    overhead: float | None = None
+
+
+@dataclass
+class TimingConfig:
+    """How seconds per batch are measured: `repeats` interleaved runs of every sampler, their medians.
+
+    batches: batch sizes. teacher_steps: steps of the guided teacher that are timed, then scaled to all of its steps.
+    """
+
+    batches: list[int] = field(default_factory=lambda: [1, 64, 256])
+    repeats: int = 5
+    teacher_steps: int = 8
+
+
+@dataclass
 class EvaluateConfig(StageConfig):
     """What is measured: distances to data and to the teacher, class accuracy, paired error, time.
 
-    num_samples: samples per w for the distances. paired_noises: noises per w for the paired error. weights: the values
-    of w (w = 0 is no guidance; Stable Diffusion's guidance scale is 1 + w). steps: the students'. check_noises: noises
-    on which the reference sampler is first held against 512-step DDIM. curve_weights: w of the FID-IS curve. chunk:
-    images sampled at once. floor: also measure two sets of teacher samples against each other. timing_batches: batch
-    sizes at which the speed-up is measured.
+    The first stage of kind halve in `needs` is the one that is judged, others are rows beside it. num_samples: samples
+    per w for the distances. paired_noises: noises per w for the paired error. weights: the values of w (w = 0 is no
+    guidance; Stable Diffusion's guidance scale is 1 + w). steps: the students'; headline: the one that is held against
+    most targets. reference: the teacher's sampler for paired errors and distances. truth: the many-step one, against which
+    `reference` is first held on `check_noises` noises of each of `check_weights` (empty: `weights`), and over whose time
+    speed-ups are taken. curve_weights, curve_samples, curve_reference: w, samples per w (0: num_samples) and teacher
+    sampler of the FID-IS curve. floor: also two sets of teacher samples against each other. chunk: images sampled at once.
+    kid_subsets: subsets that KID is the mean of.
     """
 
     kind: str = "evaluate"
@@ -171,13 +241,21 @@ class EvaluateConfig(StageConfig):
     paired_noises: int = 128
     weights: list[float] = field(default_factory=lambda: [0.0, 1.0, 3.0])
     steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
+    headline: int = 4
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    truth: ReferenceConfig = field(default_factory=lambda: ReferenceConfig("ddim", 512))
     check_noises: int = 64
+    check_weights: list[float] = field(default_factory=list)
+    guide_steps: int = 64
     curve_weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.5, 1.0, 2.0, 3.0, 4.0])
+    curve_samples: int = 0
+    curve_reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     chunk: int = 250
+    kid_subsets: int = 50
     seed: int = 1
     floor: bool = False
-    timing_batches: list[int] = field(default_factory=lambda: [1, 64, 256])
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
 
 
 @dataclass
@@ -207,12 +285,12 @@ class Config:
     "flow". stages: name -> one of the dataclasses above, in the order in which they run.
     """
 
-    name: str = MISSING
+    name: str = _free(MISSING)
     out: str = _free("runs/${name}")
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    deterministic: bool = True
+    deterministic: bool = False  # on GPUs: the same bits every time, slower; the CPU always gives them
     progress: bool = _free(True)
     tensorboard: bool = _free(True)
     data: DataConfig = field(default_factory=DataConfig)

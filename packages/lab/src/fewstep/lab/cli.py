@@ -1,0 +1,98 @@
+"""The `fewstep` command; subcommands import what they need when they run, so that `--help` is quick."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; USAGE is every mistake of the user's
+
+KINDS = {
+    "evaluate": "measure the models of an experiment, first making those that are missing",
+    "report": "write an experiment's report, first doing what it needs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. A mistake of the user's is one line on stderr; FEWSTEP_TRACEBACK=1 shows where it was found."""
+    args = _arguments(_parser(), arguments)
+    try:
+        return int(args.command(args, Console(highlight=False)))
+    except (ValueError, FileNotFoundError) as error:  # what the packages raise for wrong input
+        return _say(error, USAGE)
+    except (RuntimeError, OSError) as error:
+        if type(error).__module__.startswith("fewstep") or isinstance(error, OSError):
+            return _say(error, FAILED)
+        raise
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; `key=value` may stand before and after options, which argparse alone does not allow."""
+    args, rest = parser.parse_known_args(arguments)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (stray or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _say(error: Exception, code: int) -> int:
+    if os.environ.get("FEWSTEP_TRACEBACK"):
+        raise error
+    print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fewstep", description="Diffusion models in 1 to 8 network evaluations.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="walk an experiment's stages: skip the finished, go on with the half done")
+    _experiment_arguments(run)
+    run.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    run.set_defaults(command=_run)
+    for kind, text in KINDS.items():
+        command = commands.add_parser(kind, help=text)
+        _experiment_arguments(command)
+        command.set_defaults(command=_run_kind, kind=kind)
+    _sample_parser(commands.add_parser("sample", help="sample from a saved model"))
+    return parser
+
+
+def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="folder with config.yaml, e.g. experiments/digits")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, or group=choice")
+    parser.add_argument("--strict", action="store_true", help="take warnings for errors")
+
+
+def _sample_parser(parser: argparse.ArgumentParser) -> None:
+    from fewstep.lab import sample
+
+    sample.add_arguments(parser)
+    parser.set_defaults(command=sample.command)
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    from fewstep.lab.compose import compose
+    from fewstep.lab.runner import run_experiment
+
+    config = compose(args.experiment, args.overrides)
+    return run_experiment(config, until=args.until, strict=args.strict, console=console)
+
+
+def _run_kind(args: argparse.Namespace, console: Console) -> int:
+    """Run up to the last stage of the kind that the command is named after."""
+    from fewstep.lab.compose import compose
+    from fewstep.lab.config import ConfigError
+    from fewstep.lab.runner import run_experiment
+    from fewstep.lab.validate import stage_order
+
+    config = compose(args.experiment, args.overrides)
+    found = [name for name in stage_order(config) if config.stages[name].kind == args.kind]
+    if not found:
+        raise ConfigError(f"stages: {args.experiment} has no stage of kind {args.kind}")
+    return run_experiment(config, until=found[-1], strict=args.strict, console=console)

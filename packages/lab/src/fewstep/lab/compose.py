@@ -1,0 +1,124 @@
+"""From `experiments/<name>/config.yaml` and `key=value` to one checked `Config`; errors are one line."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
+from fewstep.lab.validate import validate
+
+_OPEN = re.compile(r"[\w.@]*\b(overrides\.|updates_at[.=])")
+
+
+def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment's config with `overrides` ("key=value", "group=choice") applied, typed and checked.
+
+    experiment: a folder with `config.yaml`. Its own groups (`preset/`) and those of `fewstep/lab/conf` are both found.
+
+    Raises:
+        ConfigError: one line that names the key, its value and what would be right.
+    """
+    folder = Path(experiment)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"experiment={experiment}: no config.yaml in {folder.absolute()}")
+    _register()
+    GlobalHydra.instance().clear()
+    # As an argument and not in every config.yaml: an experiment should not have to know where the groups lie.
+    search = "hydra.searchpath=[pkg://fewstep.lab.conf]"
+    try:
+        with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
+            composed = hydra_compose("config", overrides=[search, *map(_open_key, overrides)])
+        return typed(composed)
+    except MissingConfigException as error:
+        raise ConfigError(_missing(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def typed(composed: DictConfig) -> Config:
+    """The `Config` of a composed tree: interpolations resolved, stages named by their keys, values checked."""
+    config = OmegaConf.to_object(composed)
+    if not isinstance(config, Config):
+        raise ConfigError("config.yaml: its defaults must begin with `- experiment` (the schema)")
+    for name, stage in config.stages.items():
+        if not isinstance(stage, StageConfig):
+            raise ConfigError(f"stages.{name}: add `- stage@stages.{name}: KIND` to defaults, KIND one of {_kinds()}")
+        stage.name = name
+    validate(config)
+    return config
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="experiment", node=Config)
+    for kind, schema in STAGES.items():
+        store.store(group="stage", name=kind, node=schema)
+
+
+def _open_key(override: str) -> str:
+    """Keys below `overrides:` and `updates_at:` are the user's own: hydra's `++` lets them be new."""
+    return f"++{override}" if _OPEN.match(override) else override
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    if not error.options:
+        return f"config.yaml: there is no {error.missing_cfg_file}"
+    return f"{group}={choice}: no such choice; known: {', '.join(error.options)}"
+
+
+def _kinds() -> str:
+    return ", ".join(STAGES)
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra's and OmegaConf's messages span lines and end in type names; say key, value and the nearest known key."""
+    cause = _omegaconf_cause(error)
+    if cause is None:
+        return str(error).splitlines()[0].strip()
+    key = str(cause.full_key or cause.key)
+    first = str(cause.msg or cause).splitlines()[0]
+    if cause.parent_node is None or "not in" not in first:
+        return f"{key}: {first}"
+    return f"{key}: unknown key{_suggestion(key, cause.parent_node)}"
+
+
+def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
+    while error is not None:
+        if isinstance(error, OmegaConfBaseException):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _suggestion(key: str, parent: Any) -> str:
+    """'; did you mean ...?' with the nearest key beside it or, failing that, anywhere in the config."""
+    prefix, _, leaf = key.rpartition(".")
+    siblings = [str(name) for name in parent if name != "hydra"]
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    everywhere = [path for path in _paths(parent._get_root()) if difflib.get_close_matches(leaf, [path.split(".")[-1]])]
+    if everywhere:
+        return f"; did you mean {' or '.join(everywhere[:3])}?"
+    return f"; known: {', '.join(siblings)}"
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    for name in node:
+        if name == "hydra":
+            continue
+        yield prefix + str(name)
+        yield from _paths(node._get_node(name), f"{prefix}{name}.")

@@ -1,0 +1,103 @@
+"""Image data sets held whole in memory, and the order in which training meets them."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fewstep.lab.config import ConfigError, DataConfig
+
+# name -> (image size, channels, classes, images); one row and one branch of `load_data` for a new data set
+KNOWN = {"digits": (8, 1, 10, 1797)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: (N, C, H, W) float32 in [-1, 1]. labels: (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and labels (B,) at `indices` (B,)."""
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """`heldout` is met by no training stage, the judge's included."""
+
+    train: Split
+    heldout: Split
+
+
+def load_data(config: DataConfig) -> Data:
+    """The data set of that name, split the same way whatever the run's seed.
+
+    Raises:
+        ConfigError: unknown name, or a size, channel or class count that is not the data set's.
+    """
+    check_data(config)
+    return _digits(config.heldout)
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuse, before any compute, a data config that contradicts the data set."""
+    if config.name not in KNOWN:
+        raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join(KNOWN)}")
+    size, channels, classes, count = KNOWN[config.name]
+    for key, truth in (("image_size", size), ("channels", channels), ("num_classes", classes)):
+        if getattr(config, key) != truth:
+            raise ConfigError(f"data.{key}={getattr(config, key)}: {config.name} has {truth}")
+    if not classes <= config.heldout <= count - classes:
+        raise ConfigError(f"data.heldout={config.heldout}: must lie between {classes} and {count - classes}")
+
+
+def _digits(heldout: int) -> Data:
+    from sklearn.datasets import load_digits  # here: half a second that `fewstep --help` need not wait for
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).div_(8).sub_(1).unsqueeze(1)  # 0..16 -> [-1, 1]
+    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    parts = train_test_split(range(len(labels)), test_size=heldout, stratify=labels.numpy(), random_state=0)
+    train, held = (torch.tensor(sorted(part)) for part in parts)
+    return Data(Split(images[train], labels[train]), Split(images[held], labels[held]))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless stream of sample indices: a function of (seed, epoch) alone, never of processes or of where it stopped.
+
+    count: images in the data set. batch_size: images per update over all processes.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+
+    def positions(self, update: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Places (batch_size / world,) int64 in the stream that process `rank` works on at `update`."""
+        share = self.batch_size // world
+        start = update * self.batch_size + rank * share
+        return torch.arange(start, start + share)
+
+    def indices(self, positions: Tensor) -> Tensor:
+        """Sample indices (B,) at those places of the stream; an epoch meets every image once."""
+        epochs = positions // self.count
+        orders = {int(epoch): _permutation(self.count, self.seed, int(epoch)) for epoch in epochs.unique()}
+        return torch.cat([orders[epoch][positions[epochs == epoch] % self.count] for epoch in sorted(orders)])
+
+
+@lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03) % 2**63
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))

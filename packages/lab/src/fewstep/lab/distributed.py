@@ -1,0 +1,81 @@
+"""One process or many: what the rest of the lab needs to know of torchrun."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fewstep.lab.config import ConfigError
+
+# Stages that only the first process works on (evaluation) may last hours while the others wait at a barrier.
+PATIENCE = timedelta(days=1)
+
+
+def start(device: torch.device) -> None:
+    """Join the group that torchrun announces in the environment; nothing where there is none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def stop() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 where there is one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for the others."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds on any process: all get the same answer. Costs a round trip where there are several."""
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over processes of `values`, any shape, changed in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that `device=name` means here; under torchrun each process takes the GPU of its local rank.
+
+    Raises:
+        ConfigError: not a device, or one that this machine lacks.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device

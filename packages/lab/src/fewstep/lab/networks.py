@@ -1,0 +1,86 @@
+"""Networks as an experiment's config asks for them: built, fitted to the data, initialised from a teacher."""
+
+from typing import Any
+
+import torch
+
+from fewstep.lab.config import Config, ConfigError, NetworkConfig, StudentNetworkConfig
+from fewstep.models import PRESETS, NetworkDenoiser, build_network, init_from, with_guidance_input
+from fewstep.schedules import schedule_from_config
+
+
+def build_denoiser(config: Config, network: NetworkConfig, seed: int) -> NetworkDenoiser:
+    """A fresh denoiser of the experiment's data, schedule and prediction, on the CPU; its weights follow from `seed`.
+
+    Raises:
+        ConfigError: unknown type, preset or override, or one that contradicts the data.
+    """
+    arguments = network_arguments(config, network)
+    torch.manual_seed(seed)
+    try:
+        built = build_network(arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"network: {error}") from error
+    return NetworkDenoiser(built, schedule_from_config(config.schedule), config.prediction)
+
+
+def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
+    """What `build_network` is given: the preset, the overrides, and sizes that the data dictate.
+
+    Raises:
+        ConfigError: unknown type or preset, or an override that contradicts the data.
+    """
+    presets = PRESETS.get(network.type)
+    if presets is None:
+        raise ConfigError(f"network.type={network.type}: must be one of {', '.join(PRESETS)}")
+    if network.preset not in presets:
+        raise ConfigError(f"network.preset={network.preset}: {network.type} has {', '.join(presets)}")
+    data = config.data
+    sizes = {"image_size": data.image_size, "in_channels": data.channels, "num_classes": data.num_classes}
+    for key, size in sizes.items():
+        if network.overrides.get(key, size) != size:
+            raise ConfigError(f"network.overrides.{key}={network.overrides[key]}: {data.name} has {size}")
+    return {"type": network.type, **presets[network.preset], **network.overrides, **sizes}
+
+
+def own_network(config: Config, student: StudentNetworkConfig) -> NetworkConfig | None:
+    """The student's network where `student.network` sets one of its own, else None: a copy of the teacher."""
+    if student.type is None and student.preset is None and not student.overrides:
+        return None
+    return NetworkConfig(
+        type=student.type or config.network.type,
+        preset=student.preset or config.network.preset,
+        overrides={**config.network.overrides, **student.overrides},
+    )
+
+
+def guided_student(
+    teacher: NetworkDenoiser, own: NetworkDenoiser | None, form: str, w_range: tuple[float, float]
+) -> NetworkDenoiser:
+    """A student that takes w: a copy of the teacher, or `own` with every layer of the teacher's that matches.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). A copy starts as exactly the teacher's
+    conditional branch, whatever w.
+    """
+    if own is None:
+        return with_guidance_input(teacher, form, w_range)
+    student = with_guidance_input(own, form, w_range)
+    init_from(student.network, teacher.network)
+    return student
+
+
+def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDenoiser:
+    """The same denoiser with another probability of dropout, in [0, 1); None leaves what it has.
+
+    Raises:
+        ConfigError: its network has no dropout to set.
+    """
+    present = denoiser.network.config.get("dropout", 0.0)
+    if dropout is None or dropout == present:
+        return denoiser
+    if "dropout" not in denoiser.network.config:
+        raise ConfigError(f"dropout={dropout}: {denoiser.network.config['type']} has none; use null")
+    network = build_network({**denoiser.network.config, "dropout": dropout})
+    network.load_state_dict(denoiser.network.state_dict())
+    trained, time_input = denoiser.trained, denoiser.time_input
+    return NetworkDenoiser(network, denoiser.schedule, denoiser.prediction, time_input=time_input, trained=trained)

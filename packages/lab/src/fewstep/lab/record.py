@@ -1,0 +1,154 @@
+"""What a stage's folder says of itself: the config and commit it was made with, and whether it is finished.
+
+`config.yaml`: the part of the resolved config that this stage rests on. `run.json`: commit, versions, processes,
+threads. `DONE`: written last.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fewstep.lab import distributed
+from fewstep.lab.checkpoint import write_text
+from fewstep.lab.config import Config, ConfigError
+
+
+def relevant(config: Config, stage: str, *, results_only: bool = False) -> dict[str, Any]:
+    """The config that `stage` rests on: all of it but the stages that it does not need, as nested dicts and lists.
+
+    results_only: leave out the keys that may change between two calls (progress, logging, saving).
+    """
+    plain = _plain(config, results_only)
+    return {**plain, "stages": {name: plain["stages"][name] for name in _ancestry(config, stage)}}
+
+
+def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
+    """Raise if `folder` was made with a config that gives other results.
+
+    Raises:
+        ConfigError: names the first such key, its old and its new value.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    old, new = yaml.safe_load(path.read_text()), relevant(config, stage)
+    free = set(_paths(relevant(config, stage))) - set(_paths(relevant(config, stage, results_only=True)))
+    for key, before, now in _changes(old, _as_yaml(new)):
+        if key not in free:
+            raise ConfigError(
+                f"{key}={_show(now)}: {folder} was made with {_show(before)}; put that back, or choose another out=, "
+                f"or delete the folder and those made from it"
+            )
+
+
+def begin(config: Config, stage: str, folder: Path) -> None:
+    """Write `config.yaml` and `run.json`; the latter keeps a list with one entry per call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(_as_yaml(relevant(config, stage)), sort_keys=False))
+    calls = read_calls(folder)
+    write_text(folder / "run.json", json.dumps([*calls, _circumstances()], indent=1) + "\n")
+
+
+def finish(folder: Path, seconds: float) -> None:
+    """Write `DONE`: nothing in the folder is touched after it."""
+    write_text(folder / "DONE", json.dumps({"seconds": round(seconds, 3), "finished": _now()}) + "\n")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage in that folder is finished."""
+    return (folder / "DONE").is_file()
+
+
+def read_calls(folder: Path) -> list[dict[str, Any]]:
+    """What `run.json` says of each call that worked in this folder, the oldest first."""
+    path = folder / "run.json"
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
+def other_circumstances(folder: Path) -> str | None:
+    """Why going on in this folder will not give the bits of an uninterrupted run, in a few words; None if it will."""
+    calls = read_calls(folder)
+    now = _circumstances()
+    for key in ("world_size", "threads", "torch"):
+        if calls and calls[-1][key] != now[key]:
+            return f"{key} was {calls[-1][key]}, is {now[key]}"
+    return None
+
+
+def commit() -> str:
+    """The git commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a clone."""
+    here = Path(__file__).parent
+    head = _git("rev-parse", "HEAD", where=here)
+    return "unknown" if head is None else head + ("+changes" if _git("status", "--porcelain", "-uno", where=here) else "")
+
+
+def _git(*arguments: str, where: Path) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _circumstances() -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "world_size": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "started": _now(),
+    }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _ancestry(config: Config, stage: str) -> list[str]:
+    found: list[str] = []
+    for need in config.stages[stage].needs:
+        found += [name for name in _ancestry(config, need) if name not in found]
+    return [*found, stage]
+
+
+def _plain(value: Any, results_only: bool) -> Any:
+    if is_dataclass(value):
+        kept = [f for f in fields(value) if not results_only or f.metadata.get("result", True)]
+        return {f.name: _plain(getattr(value, f.name), results_only) for f in kept}
+    if isinstance(value, dict):
+        return {key: _plain(item, results_only) for key, item in value.items()}
+    return value
+
+
+def _as_yaml(tree: Any) -> Any:
+    """`tree` as it reads back from a file: two configs compare equal exactly when their files do."""
+    return yaml.safe_load(yaml.safe_dump(tree))
+
+
+def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every leaf in which two nested dicts differ; an absent one is None."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield prefix, old, new
+        return
+    for key in dict.fromkeys([*old, *new]):
+        yield from _changes(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+
+
+def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(tree, dict):
+        yield prefix
+        return
+    for key, value in tree.items():
+        yield from _paths(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,123 @@
+"""Walks the stages of an experiment: skips the finished, goes on with the half done, refuses to mix configs."""
+
+import fcntl
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fewstep.lab import distributed, record
+from fewstep.lab.config import Config, ConfigError, TrainingConfig
+from fewstep.lab.context import Interrupted, StageContext
+from fewstep.lab.networks import build_denoiser
+from fewstep.lab.signals import StopFlag, stop_on_signals
+from fewstep.lab.validate import stage_order
+
+
+def run_experiment(config: Config, *, until: str | None = None, strict: bool = False, console: Console) -> int:
+    """Do the stages that are not done, up to and with `until`; returns the exit code, 128 + signal if interrupted.
+
+    Raises:
+        ConfigError: before any compute: a device that is not there, a folder made with another config, another run
+            at work in the folder. With `strict`, also what is otherwise a warning.
+    """
+    names = _stages(config, until)
+    device = distributed.pick_device(config.device)
+    _set_up(config, device)
+    distributed.start(device)
+    try:
+        with _locked(Path(config.out)), stop_on_signals() as stop:
+            for name in names:
+                record.refuse_mixing(config, name, Path(config.out) / name)
+            return _walk(config, names, device, console, stop, strict)
+    finally:
+        distributed.stop()
+
+
+def stage_context(config: Config, name: str, device: torch.device, console: Console, **more: object) -> StageContext:
+    """The context of one stage of a run."""
+    stage, out = config.stages[name], Path(config.out)
+    inputs = {need: out / need for need in stage.needs}
+    return StageContext(config, stage, inputs, out / name, device, console, **more)
+
+
+def _stages(config: Config, until: str | None) -> list[str]:
+    build_denoiser(config, config.network, seed=0)  # the network's config is checked here, before anything runs
+    order = stage_order(config)
+    if until is None:
+        return order
+    if until not in order:
+        raise ConfigError(f"--until {until}: no such stage; known: {', '.join(order)}")
+    return order[: order.index(until) + 1]
+
+
+def _set_up(config: Config, device: torch.device) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.deterministic and device.type == "cuda")
+
+
+def _walk(
+    config: Config, names: list[str], device: torch.device, console: Console, stop: StopFlag, strict: bool
+) -> int:
+    if not distributed.is_main():
+        console = Console(quiet=True)
+    for name in names:
+        ctx = stage_context(config, name, device, console, stopping=stop, strict=strict)
+        if record.is_done(ctx.out):
+            console.print(f"{name}  done before", highlight=False)
+            continue
+        try:
+            _run_stage(ctx)
+        except Interrupted as interrupted:
+            console.print(f"{interrupted}; the same command goes on from there", highlight=False)
+            return 128 + (stop.number or 0)
+    return 0
+
+
+def _run_stage(ctx: StageContext) -> None:
+    began, name = time.monotonic(), ctx.stage.name
+    _say_if_not_the_same(ctx)
+    distributed.barrier()
+    if distributed.is_main():
+        record.begin(ctx.config, name, ctx.out)
+    # Stages that train share their work between processes; the others are the first one's alone.
+    if isinstance(ctx.stage, TrainingConfig) or distributed.is_main():
+        importlib.import_module(f"fewstep.lab.stages.{ctx.stage.kind}").run(ctx)
+    if distributed.is_main():
+        seconds = time.monotonic() - began
+        record.finish(ctx.out, seconds)
+        ctx.console.print(f"{name}  done in {seconds:.1f} s", highlight=False)
+    distributed.barrier()
+
+
+def _say_if_not_the_same(ctx: StageContext) -> None:
+    difference = record.other_circumstances(ctx.out)
+    if difference is None:
+        return
+    text = f"{ctx.out}: {difference}: going on, but not to the same bits as an uninterrupted run"
+    if ctx.strict:
+        raise ConfigError(f"{text} (--strict)")
+    ctx.console.print(f"warning: {text}", style="yellow", highlight=False)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One run at a time in a folder; the system lifts the lock with the process, however that ends."""
+    if not distributed.is_main():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"out={out}: another run is at work there; wait for it or choose another out=") from error
+        yield

@@ -1,0 +1,64 @@
+"""What the training stages share: from a method to trained weights in a folder."""
+
+from pathlib import Path
+
+from fewstep.distill import Method
+from fewstep.lab import distributed
+from fewstep.lab.context import StageContext
+from fewstep.lab.data import load_data
+from fewstep.lab.train import Trainer, mix
+from fewstep.models import NetworkDenoiser, load, save
+
+
+def stage_seed(ctx: StageContext, *more: int) -> int:
+    """The stage's own seed: two stages of a run share no noise."""
+    return mix(ctx.config.seed, int.from_bytes(ctx.stage.name.encode(), "big"), *more)
+
+
+def fit(
+    ctx: StageContext,
+    method: Method,
+    *,
+    out: Path | None = None,
+    updates: int | None = None,
+    seed: int | None = None,
+    label: str = "",
+) -> None:
+    """Train what `method` trains, or go on with it; its networks then hold the weights to keep (averages, if any).
+
+    The keywords are for a stage of several trainings; by default all are the stage's own.
+    """
+    state = Trainer(
+        method,
+        load_data(ctx.config.data).train,
+        ctx.stage,
+        updates=updates or ctx.stage.updates,
+        seed=stage_seed(ctx) if seed is None else seed,
+        out=out or ctx.out,
+        device=ctx.device,
+        label=label or ctx.stage.name,
+        console=ctx.console,
+        stopping=ctx.stopping,
+        bar=ctx.config.progress,
+        tensorboard=ctx.config.tensorboard,
+    ).run()
+    if state.ema is not None:
+        state.ema.copy_to_networks()
+
+
+def save_model(denoiser: NetworkDenoiser, out: Path) -> None:
+    """Write `out/model`; by the first process alone, since all hold the same weights."""
+    if distributed.is_main():
+        save(denoiser.eval(), out / "model")
+    distributed.barrier()
+
+
+def load_model(ctx: StageContext, folder: Path) -> NetworkDenoiser:
+    """`folder/model` on the stage's device."""
+    return load(folder / "model").to(ctx.device)
+
+
+def compile_networks(ctx: StageContext, *denoisers: NetworkDenoiser) -> None:
+    """Compile the networks in place where the stage asks for it; names of weights stay as they are."""
+    for denoiser in denoisers if ctx.stage.compile else ():
+        denoiser.network.compile()

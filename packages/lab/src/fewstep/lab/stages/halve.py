@@ -1,0 +1,55 @@
+"""Stage two (papers C and A, algorithm 2): each student takes one step where its teacher takes two.
+
+Every halving is a training of its own in `steps_<N>/`: fresh optimiser, learning rate annealed to 0, no average of
+weights; it starts from its teacher's weights and is skipped once its own `DONE` stands.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+from fewstep.distill import ProgressiveDistillation
+from fewstep.lab import distributed, record
+from fewstep.lab.context import StageContext
+from fewstep.lab.networks import build_denoiser, guided_student, own_network, with_dropout
+from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, stage_seed
+from fewstep.models import NetworkDenoiser
+from fewstep.schedules import Trained
+
+
+def run(ctx: StageContext) -> None:
+    """Distil students of `stage.steps` steps; writes `steps_<N>/model/` for each."""
+    (folder,) = ctx.inputs_of_kind("guide").values()
+    for steps in ctx.stage.steps:
+        out = ctx.out / f"steps_{steps}"
+        if not record.is_done(out):
+            _halve(ctx, load_model(ctx, folder), steps, out)
+        folder = out
+
+
+def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -> None:
+    """Train the student of `steps` steps against `teacher` taking twice as many."""
+    stage, began = ctx.stage, time.monotonic()
+    assert teacher.trained is not None and teacher.trained.w_range is not None  # `guide` wrote it
+    low, high = stage.w_range or teacher.trained.w_range
+    student = _student(ctx, teacher, first=steps == stage.steps[0])
+    student.trained = Trained("deterministic", steps, (low, high))
+    compile_networks(ctx, teacher, student)
+    method = ProgressiveDistillation(teacher, student, steps, w_range=(low, high), weight=stage.weight)
+    updates = stage.updates_at.get(steps, stage.updates)
+    fit(ctx, method, out=out, updates=updates, seed=stage_seed(ctx, steps), label=f"{stage.name} {steps}")
+    save_model(student, out)
+    if distributed.is_main():
+        record.finish(out, time.monotonic() - began)
+    distributed.barrier()
+
+
+def _student(ctx: StageContext, teacher: NetworkDenoiser, first: bool) -> NetworkDenoiser:
+    """A copy of the teacher; only the first student may be a network of its own, which those after it inherit."""
+    network = own_network(ctx.config, ctx.stage.student.network) if first else None
+    student = copy.deepcopy(teacher)
+    if network is not None:
+        own = build_denoiser(ctx.config, network, stage_seed(ctx)).to(ctx.device)
+        guidance = teacher.network.config["guidance"]
+        student = guided_student(teacher, own, guidance["form"], tuple(guidance["w_range"]))
+    return with_dropout(student, ctx.stage.dropout).to(ctx.device).requires_grad_(True)

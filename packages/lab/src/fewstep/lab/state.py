@@ -1,0 +1,135 @@
+"""What a training update changes, and its way into a checkpoint and back."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill import Method
+from fewstep.lab import distributed
+from fewstep.lab.checkpoint import Checkpoint, CheckpointError
+from fewstep.lab.config import TrainingConfig
+from fewstep.lab.ema import Ema, max_decay
+
+
+@dataclass
+class State:
+    """What an update changes, and so what a checkpoint holds. `step`: updates done."""
+
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    ema: Ema | None
+    scaler: torch.amp.GradScaler
+    meter: "Meter"
+    step: int = 0
+
+
+class Meter:
+    """Sums of what the loss logs since the last line of metrics, kept on the device: reading one would wait for it."""
+
+    def __init__(self, device: torch.device):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.device = device
+
+    def add(self, logs: dict[str, Tensor | float]) -> None:
+        """Take in the values of one update."""
+        for name, value in logs.items():
+            zero = torch.zeros((), device=self.device)
+            self.sums[name] = self.sums.get(name, zero) + torch.as_tensor(value, device=self.device).detach()
+            self.counts[name] = self.counts.get(name, zero) + 1
+
+    def means(self) -> dict[str, float]:
+        """The means over updates and processes; the sums start anew."""
+        found = {name: float(distributed.mean(self.sums[name] / self.counts[name])) for name in self.sums}
+        self.sums, self.counts = {}, {}
+        return found
+
+
+def fresh_state(method: Method, options: TrainingConfig, updates: int, device: torch.device) -> State:
+    """The state before the first update."""
+    groups = method.param_groups()
+    averaged = options.ema_half_life > 0 or options.ema_decay is not None
+    decay = max_decay(updates, options.ema_half_life, options.ema_decay) if averaged else 0.0
+    return State(
+        networks=dict(method.networks),
+        optimizers={name: _adam(group, options) for name, group in groups.items()},
+        ema=Ema(method.networks, decay) if averaged else None,
+        scaler=torch.amp.GradScaler(device.type, enabled=options.precision == "fp16"),
+        meter=Meter(device),
+    )
+
+
+def _adam(groups: list[dict[str, Any]], options: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, which without weight decay is Adam; its fused form does all tensors in one call on CPU and CUDA alike."""
+    first, second = options.betas
+    decay = options.weight_decay
+    return torch.optim.AdamW(groups, options.lr, (first, second), options.eps, decay, fused=True)
+
+
+def clip_(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """The norm of all gradients together, which are scaled down to `limit` if beyond it."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
+
+
+def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `state` under a flat name."""
+    for name, network in state.networks.items():
+        yield from ((f"network/{name}/{key}", value) for key, value in network.state_dict().items())
+    for name, optimizer in state.optimizers.items():
+        for index, values in optimizer.state_dict()["state"].items():
+            yield from ((f"optimizer/{name}/{index}/{key}", value) for key, value in values.items())
+    if state.ema is not None:
+        for name, average in state.ema.average.items():
+            yield from ((f"ema/{name}/{key}", value) for key, value in average.items())
+    yield from ((f"sum/{name}", value) for name, value in state.meter.sums.items())
+    yield from ((f"count/{name}", value) for name, value in state.meter.counts.items())
+
+
+def load_state(state: State, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's tensors where `tensors_of` took them from.
+
+    Raises:
+        CheckpointError: they are those of other networks.
+    """
+    tensors = checkpoint.tensors
+    try:
+        for name, network in state.networks.items():
+            network.load_state_dict(_under(tensors, f"network/{name}/"))
+        for name, optimizer in state.optimizers.items():
+            _load_optimizer(optimizer, _under(tensors, f"optimizer/{name}/"))
+        if state.ema is not None:
+            for name, average in state.ema.average.items():
+                for key, value in average.items():
+                    value.copy_(tensors[f"ema/{name}/{key}"])
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise CheckpointError(f"checkpoint of update {checkpoint.step}: not of these networks ({_brief(error)})") from error
+    device = state.meter.device
+    state.meter.sums = {name: value.to(device) for name, value in _under(tensors, "sum/").items()}
+    state.meter.counts = {name: value.to(device) for name, value in _under(tensors, "count/").items()}
+    state.scaler.load_state_dict(checkpoint.meta["scaler"])
+    state.step = checkpoint.step
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    values: dict[int, dict[str, Tensor]] = {}
+    for key, saved in tensors.items():
+        index, name = key.split("/")
+        weight = weights[int(index)]
+        # In the weight's own memory format (channels_last, say): fused updates walk memory, not indices.
+        value = torch.empty_like(weight).copy_(saved) if saved.shape == weight.shape else saved
+        values.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _brief(error: Exception) -> str:
+    return str(error).split("\n")[-1].strip()

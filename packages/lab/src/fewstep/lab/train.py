@@ -1,0 +1,231 @@
+"""The one training loop: any method of `fewstep.distill` (teacher training is one), on one process or many.
+
+Everything random is a function of (seed, update, position in the data): order, noise, times, weights w by the method's
+seeds, dropout by a fresh seed for every update. A resumed run therefore needs no generator states to be the run that it
+would have been, and any number of processes makes the same draws.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fewstep.distill import Batch, Method
+from fewstep.lab import distributed
+from fewstep.lab.checkpoint import Checkpoint, load_latest, save_checkpoint
+from fewstep.lab.config import TrainingConfig
+from fewstep.lab.context import Interrupted
+from fewstep.lab.data import Order, Split
+from fewstep.lab.journal import Journal
+from fewstep.lab.state import State, clip_, fresh_state, load_state, tensors_of
+from fewstep.schedules import sample_seeds
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Updates between two agreements of several processes on whether to stop: each costs them a round trip.
+AGREE_EVERY = 8
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line and names the update."""
+
+
+def learning_rate(options: TrainingConfig, update: int, updates: int) -> float:
+    """The rate of `update` (from 0): linear warm-up times an anneal that is exactly 0 at `update == updates`."""
+    warm = min(1.0, (update + 1) / options.warmup) if options.warmup else 1.0
+    left = 1 - update / updates
+    anneal = {"none": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[options.anneal]
+    return options.lr * warm * anneal
+
+
+class _Loss(nn.Module):
+    """A method's loss as a module, for DDP: its hooks then meet every trained weight, the embedding of w included."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self._method = [method]  # in a list: the teacher must not become a part of the module
+        self.networks = nn.ModuleDict(method.networks)
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._method[0].loss(batch, step)
+
+
+class Trainer:
+    """Trains the networks of `method` on `split` for `updates`, from the last checkpoint in `out` if there is one.
+
+    seed: of this stage; label: its name on the screen. The weights (and `state.ema`) are to be read after `run`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        split: Split,
+        options: TrainingConfig,
+        *,
+        updates: int,
+        seed: int,
+        out: Path,
+        device: torch.device,
+        label: str = "train",
+        console: Console | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+        bar: bool = True,
+        tensorboard: bool = False,
+    ):
+        self.method, self.options, self.updates, self.seed, self.out = method, options, updates, seed, out
+        self.device, self.label, self.console, self.stopping = device, label, console or Console(), stopping
+        self._shown = {"bar": bar, "tensorboard": tensorboard}
+        self.split = split.to(device)
+        self.order = Order(len(split), options.batch_size, seed)
+        self.state = fresh_state(method, options, updates, device)
+        self._loss = _parallel(_Loss(method), device)
+        # The first update whose loss or gradient was not finite, or -1: a tensor, so that looking at it can wait.
+        self._broken = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def run(self) -> State:
+        """Do the updates that are left; the result is bit for bit that of an uninterrupted run.
+
+        Raises:
+            Interrupted: asked to stop; the state is saved.
+            TrainingError: the loss is not finite; the last checkpoint is kept.
+        """
+        self._restore()
+        state, saved = self.state, time.monotonic()
+        silent = not distributed.is_main()
+        with Journal(
+            self.out, self.console, self.label, self.updates, state.step, silent=silent, **self._shown
+        ) as journal:
+            clock, counted = time.monotonic(), state.step
+            while state.step < self.updates:
+                self.update()
+                if state.step % self.options.log_every == 0 or state.step == self.updates:
+                    self._check_finite()
+                    done, now = state.step - counted, time.monotonic()
+                    speed = done * self.options.batch_size / max(now - clock, 1e-9)
+                    rate = learning_rate(self.options, state.step - 1, self.updates)
+                    journal.write(state.step, {**state.meter.means(), "lr": rate}, speed)
+                    clock, counted = now, state.step
+                stop = self._asked_to_stop()
+                if stop or state.step == self.updates or self._due(saved):
+                    self._save()
+                    saved = time.monotonic()
+                if stop:
+                    raise Interrupted(f"{self.label}: saved after update {state.step} of {self.updates}")
+        return state
+
+    def update(self) -> None:
+        """One optimiser update on the next batch."""
+        n, options, state = self.state.step, self.options, self.state
+        batch = self.draw(n)
+        name = self.method.active(n)
+        optimizer = state.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, n, self.updates)
+        optimizer.zero_grad(set_to_none=True)
+        logs = self._backward(batch, n)
+        state.scaler.unscale_(optimizer)
+        norm = clip_(optimizer, options.grad_clip)
+        state.scaler.step(optimizer)
+        state.scaler.update()
+        state.step = n + 1
+        if state.ema is not None:
+            state.ema.update(state.step)
+        self._watch(n, logs["loss"], norm)
+        state.meter.add({**logs, "grad_norm": norm})
+
+    def draw(self, n: int) -> Batch:
+        """This process's share of the batch of update `n`."""
+        rank, world = distributed.rank(), distributed.world_size()
+        torch.manual_seed(mix(self.seed, n, rank))  # what dropout draws from
+        positions = self.order.positions(n, rank, world)
+        x, cond = self.split.take(self.order.indices(positions).to(self.device))
+        seeds = sample_seeds(self.seed, n, positions.to(self.device))
+        return self.method.draw(x, cond, seeds, n)
+
+    def _backward(self, batch: Batch, n: int) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the means of what is logged."""
+        parts = batch.chunk(self.options.accumulate)
+        total: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            with self._sync(last=i == len(parts) - 1), self._autocast():
+                loss, logs = self._loss(part, n)
+                self.state.scaler.scale(loss / len(parts)).backward()
+            for name, value in {**logs, "loss": loss.detach()}.items():
+                total[name] = total.get(name, 0) + torch.as_tensor(value, device=self.device) / len(parts)
+        return total
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = AUTOCAST.get(self.options.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def _sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients travel between processes once an update, with the last part."""
+        if last or not isinstance(self._loss, DistributedDataParallel):
+            return nullcontext()
+        return self._loss.no_sync()
+
+    def _watch(self, n: int, loss: Tensor, norm: Tensor) -> None:
+        # fp16 gradients overflow by design: the scaler skips such an update and lowers its scale.
+        good = torch.isfinite(loss) if self.options.precision == "fp16" else torch.isfinite(loss + norm)
+        self._broken = torch.where((self._broken < 0) & ~good, n + 1, self._broken)
+        if self.device.type == "cpu":
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        broken = int(self._broken)
+        if broken >= 0:
+            raise TrainingError(
+                f"{self.label}: loss or gradient not finite at update {broken} of {self.updates}; "
+                f"the checkpoints before it are kept in {self.out / 'checkpoints'}; try a lower lr or precision=fp32"
+            )
+
+    def _asked_to_stop(self) -> bool:
+        if distributed.world_size() == 1:
+            return self.stopping()
+        if self.state.step % AGREE_EVERY:
+            return False
+        return distributed.any_process(self.stopping(), self.device)
+
+    def _due(self, saved: float) -> bool:
+        options = self.options
+        by_updates = options.checkpoint_updates and self.state.step % options.checkpoint_updates == 0
+        by_time = options.checkpoint_seconds and time.monotonic() - saved >= options.checkpoint_seconds
+        return bool(by_updates or by_time)
+
+    def _save(self) -> None:
+        self._check_finite()
+        if distributed.is_main():
+            meta = {"scaler": self.state.scaler.state_dict(), "updates": self.updates, "seed": self.seed}
+            save_checkpoint(self.out / "checkpoints", Checkpoint(self.state.step, dict(tensors_of(self.state)), meta))
+
+    def _restore(self) -> None:
+        distributed.barrier()  # nobody reads while the first process may still write from a call before
+        found = load_latest(self.out / "checkpoints", lambda text: self.console.print(text, style="yellow"))
+        if found is not None:
+            load_state(self.state, found)
+            if self.state.step < self.updates:
+                self.console.print(f"{self.label}  going on after update {found.step} of {self.updates}", highlight=False)
+
+
+def mix(*numbers: int) -> int:
+    """A seed in [0, 2^63) from several numbers; different ones for all practical purposes."""
+    seed = 0
+    for number in numbers:
+        seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) % 2**64
+        seed ^= seed >> 29
+    return seed % 2**63
+
+
+def _parallel(loss: _Loss, device: torch.device) -> nn.Module:
+    if distributed.world_size() == 1:
+        return loss
+    # Methods with several networks train one of them at a time: the others' weights then get no gradient.
+    several = len(loss.networks) > 1
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(loss, device_ids=ids, find_unused_parameters=several)
