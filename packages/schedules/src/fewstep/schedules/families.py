@@ -30,7 +30,8 @@ class Cosine(Schedule):
     """alpha_t = cos(pi t / 2) within bounded log-SNR, shifted with resolution.
 
     lambda_t = shift - 2 log tan(a t + b) (arXiv 2202.00512, code). The shift, added to the log-SNR, is 2 log(64 / side)
-    for images with that side in pixels (arXiv 2301.11093, section 2.1). a and b put the ends at log_snr_max and log_snr_min after the shift.
+    for images with that side in pixels (arXiv 2301.11093, section 2.1). a and b put the ends, shift included, at
+    log_snr_max and log_snr_min.
     """
 
     log_snr_min: float = -20.0

@@ -1,8 +1,8 @@
 """Noise that is a function of each sample's seed alone: Philox4x32-10 (Salmon et al., SC 2011) in integer tensor ops.
 
 Batch size, sharding and the order of calls never change a bit. Floating point uses only +, -, *, / and sqrt, which
-IEEE 754 rounds one way: library logarithms and cosines may differ in the last bit between the vector body and the tail of
-a loop, and between devices. The same reason keeps these functions out of torch.compile, which may contract a * b + c.
+IEEE 754 rounds one way: library logarithms and cosines may differ in the last bit between the vector body and the tail
+of a loop, and between devices. For the same reason torch.compile, which may contract a * b + c, leaves these alone.
 """
 
 import math
@@ -20,13 +20,12 @@ _UNIFORM, _NORMAL = 0, 1                                          # last counter
 
 
 def _eager(function: _F) -> _F:
-    return cast(_F, torch.compiler.disable(function))
+    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]  # torch has no types here
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Return the four output words of Philox4x32-10. All tensors int64 holding unsigned 32-bit words, broadcastable."""
-    shape = torch.broadcast_shapes(*(word.shape for word in (*counter, *key)))
-    c0, c1, c2, c3, k0, k1 = (word.expand(shape) for word in (*counter, *key))
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)  # type: ignore[no-untyped-call]  # torch's
     even, odd, keys = torch.stack([c0, c2]), torch.stack([c1, c3]), torch.stack([k0, k1])
     multiplier, weyl = (
         even.new_tensor(pair).reshape(2, *[1] * c0.ndim) for pair in (_MULTIPLIERS, _WEYL)

@@ -1,0 +1,1 @@
+"""Attention: `op` is the public function, `reference` plain PyTorch."""

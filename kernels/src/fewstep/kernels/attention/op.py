@@ -1,0 +1,91 @@
+"""Non-causal attention, self and cross, from separate heads or from the packed projection of a UNet or DiT block."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fewstep.kernels.attention import reference  # noqa: F401  # registers itself
+from fewstep.kernels.backend import implementation
+
+
+def _check_lengths(key_lengths: Tensor | None, batch: int, keys: int) -> None:
+    if key_lengths is None:
+        return
+    if key_lengths.shape != (batch,) or key_lengths.is_floating_point():
+        raise ValueError(f"key_lengths {tuple(key_lengths.shape)} {key_lengths.dtype} must be ({batch},) integers")
+    on_cpu = key_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not bool(((key_lengths >= 1) & (key_lengths <= keys)).all()):      # on a GPU this would wait for it
+        raise ValueError(f"key_lengths must lie in [1, {keys}], got {key_lengths.tolist()}")
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, key_lengths: Tensor | None = None,
+              return_lse: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, key_lengths: Tensor | None = None,
+              return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, key_lengths: Tensor | None = None,
+              return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Return softmax(scale q k^T) v (arXiv 1706.03762, eq. 1).
+
+    Args:
+        q: (B, H, L, D).
+        k, v: (B, H, M, D), any M.
+        scale: D^-1/2 by default.
+        key_lengths: (B,) integers in [1, M]: sample b attends to its first key_lengths[b] keys (padded text).
+        return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, L) float32 or wider.
+
+    Shape: -> (B, H, L, D), dtype of q; with return_lse a pair.
+
+    Raises:
+        ValueError: if shapes do not fit or a key length (checked on CPU tensors) is out of range.
+    """
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"need q (B, H, L, D), k and v (B, H, M, D), got {[tuple(x.shape) for x in (q, k, v)]}")
+    _check_lengths(key_lengths, len(q), k.shape[2])
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    result: Tensor | tuple[Tensor, Tensor] = implementation("attention")(q, k, v, scale, key_lengths, return_lse)
+    return result
+
+
+@overload
+def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, *, key_lengths: Tensor | None = None,
+                  return_lse: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, *, key_lengths: Tensor | None = None,
+                  return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, *, key_lengths: Tensor | None = None,
+                  return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Return self-attention of a packed projection: q, k, v in that order, each H heads of D channels.
+
+    Args:
+        qkv: (B, L, 3 H D), or (B, 3 H D, height, width) where channels_last needs no copy and L = height width.
+        heads: H.
+        scale, key_lengths, return_lse: as in `attention`.
+
+    Shape: -> (B, L, H D), dtype of qkv; with return_lse also (B, H, L).
+
+    Raises:
+        ValueError: if 3 H does not divide the channels or a key length is out of range.
+    """
+    if qkv.ndim not in (3, 4):
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, L, 3 H D) or (B, 3 H D, height, width)")
+    packed = qkv.permute(0, 2, 3, 1).flatten(1, 2) if qkv.ndim == 4 else qkv
+    if heads < 1 or packed.shape[-1] % (3 * heads):
+        raise ValueError(f"heads={heads}: 3 heads must divide the channels of qkv {tuple(qkv.shape)}")
+    _check_lengths(key_lengths, len(packed), packed.shape[1])
+    scale = 1 / math.sqrt(packed.shape[-1] // (3 * heads)) if scale is None else scale
+    result: Tensor | tuple[Tensor, Tensor] = implementation("attention_qkv")(
+        packed, heads, scale, key_lengths, return_lse
+    )
+    return result

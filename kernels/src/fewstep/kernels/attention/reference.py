@@ -1,0 +1,48 @@
+"""Attention in PyTorch: its fused operator, or plain products and softmax where that operator cannot serve."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.kernels.backend import register
+from fewstep.kernels.tangent import has_tangent
+
+
+def _key_mask(key_lengths: Tensor, keys: int) -> Tensor:
+    """Return (B, 1, 1, keys), true where a key counts."""
+    return (torch.arange(keys, device=key_lengths.device) < key_lengths[:, None])[:, None, None]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return softmax(scale q k^T) v in q's dtype and log-sum-exp (B, H, L), computed in float32 or wider always."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+        if key_lengths is not None:
+            scores = scores.masked_fill(~_key_mask(key_lengths, k.shape[2]), float("-inf"))
+        return (torch.softmax(scores, -1) @ v.to(wide)).to(q.dtype), torch.logsumexp(scores, -1)
+
+
+@register("attention", "reference")
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `fewstep.kernels.attention`, arguments checked."""
+    if return_lse:
+        return plain(q, k, v, scale, key_lengths)
+    if has_tangent(q, k, v):                                      # the fused operator has no forward mode
+        return plain(q, k, v, scale, key_lengths)[0]
+    mask = None if key_lengths is None else _key_mask(key_lengths, k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+@register("attention_qkv", "reference")
+def attention_qkv(
+    qkv: Tensor, heads: int, scale: float, key_lengths: Tensor | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `fewstep.kernels.attention_qkv` from (B, L, 3 H D), arguments checked."""
+    q, k, v = qkv.reshape(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    result = attention(q, k, v, scale, key_lengths, return_lse)
+    if isinstance(result, tuple):
+        return result[0].transpose(1, 2).flatten(2), result[1]
+    return result.transpose(1, 2).flatten(2)
