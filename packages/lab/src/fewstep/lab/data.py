@@ -1,5 +1,6 @@
 """Image data sets held whole in memory, and the order in which training meets them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,9 +8,6 @@ import torch
 from torch import Tensor
 
 from fewstep.lab.config import ConfigError, DataConfig
-
-# name -> (image size, channels, classes, images); one row and one branch of `load_data` for a new data set
-KNOWN = {"digits": (8, 1, 10, 1797)}
 
 
 @dataclass(frozen=True)
@@ -39,38 +37,57 @@ class Data:
     heldout: Split
 
 
+def _digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits  # here: half a second that `fewstep --help` need not wait for
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).div_(8).sub_(1).unsqueeze(1)  # 0..16 -> [-1, 1]
+    return images, torch.tensor(bunch.target, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set: what a config must agree with before anything is loaded, and how to load it.
+
+    load: returns images (count, channels, image_size, image_size) float32 in [-1, 1] and labels (count,) int64.
+    """
+
+    image_size: int
+    channels: int
+    num_classes: int
+    count: int
+    load: Callable[[], tuple[Tensor, Tensor]]
+
+
+KNOWN = {"digits": Known(image_size=8, channels=1, num_classes=10, count=1797, load=_digits)}
+
+
 def load_data(config: DataConfig) -> Data:
-    """The data set of that name, split the same way whatever the run's seed.
+    """The data set of that name, split the same way whatever the run's seed: every class in proportion.
 
     Raises:
         ConfigError: unknown name, or a size, channel or class count that is not the data set's.
     """
+    from sklearn.model_selection import train_test_split
+
     check_data(config)
-    return _digits(config.heldout)
+    images, labels = KNOWN[config.name].load()
+    parts = train_test_split(range(len(labels)), test_size=config.heldout, stratify=labels.numpy(), random_state=0)
+    train, held = (torch.tensor(sorted(part)) for part in parts)
+    return Data(Split(images[train], labels[train]), Split(images[held], labels[held]))
 
 
 def check_data(config: DataConfig) -> None:
     """Refuse, before any compute, a data config that contradicts the data set."""
     if config.name not in KNOWN:
         raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join(KNOWN)}")
-    size, channels, classes, count = KNOWN[config.name]
-    for key, truth in (("image_size", size), ("channels", channels), ("num_classes", classes)):
-        if getattr(config, key) != truth:
-            raise ConfigError(f"data.{key}={getattr(config, key)}: {config.name} has {truth}")
-    if not classes <= config.heldout <= count - classes:
-        raise ConfigError(f"data.heldout={config.heldout}: must lie between {classes} and {count - classes}")
-
-
-def _digits(heldout: int) -> Data:
-    from sklearn.datasets import load_digits  # here: half a second that `fewstep --help` need not wait for
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).div_(8).sub_(1).unsqueeze(1)  # 0..16 -> [-1, 1]
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    parts = train_test_split(range(len(labels)), test_size=heldout, stratify=labels.numpy(), random_state=0)
-    train, held = (torch.tensor(sorted(part)) for part in parts)
-    return Data(Split(images[train], labels[train]), Split(images[held], labels[held]))
+    known = KNOWN[config.name]
+    for key in ("image_size", "channels", "num_classes"):
+        if getattr(config, key) != getattr(known, key):
+            raise ConfigError(f"data.{key}={getattr(config, key)}: {config.name} has {getattr(known, key)}")
+    most = known.count - known.num_classes
+    if not known.num_classes <= config.heldout <= most:
+        raise ConfigError(f"data.heldout={config.heldout}: must lie between {known.num_classes} and {most}")
 
 
 @dataclass(frozen=True)
