@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-READMES = sorted(path for folder in ("packages/*", "kernels", "experiments/*") for path in ROOT.glob(f"{folder}/README.md"))
+FOLDERS = ("packages/*", "kernels", "experiments/*")
+READMES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/README.md"))
 ALL = [*PAGES, *READMES, ROOT / "CHANGELOG.md"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 STAND_ALONE = {"README.md"}  # each block of these is a program; the blocks of another page are one program
