@@ -1,0 +1,109 @@
+"""What every sampler shares: inputs checked before compute, the start, the time grid, one evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.kernels import guided_update
+from fewstep.samplers import checks
+from fewstep.schedules import Cond, Denoiser, Schedule, seeded_noise
+
+Weight = float | Tensor | None
+Kind = Literal["ddim", "posterior"]
+Clip = tuple[float, float] | None
+Callback = Callable[[int, float, Tensor], None]
+Weights = Callable[[Tensor, Tensor, Schedule], tuple[Tensor, ...]]
+
+# Stream of seeded_noise used by update 0; update i uses this + i, far from the streams of starts and training draws.
+UPDATE_STREAM = 1 << 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a sampler, checked: start `z` (B, ...), `times` (steps + 1 floats) and the same as rows (B,)."""
+
+    denoiser: Denoiser
+    cond: Cond
+    w: Weight
+    clip: Clip
+    seeds: Tensor | None
+    callback: Callback | None
+    times: tuple[float, ...]
+    rows: tuple[Tensor, ...]
+    z: Tensor
+
+    def grid(self, weights: Weights) -> list[tuple[float, ...]]:
+        """What `weights(t, s, schedule)` gives on each interval of the grid: float64 on the CPU, once per run."""
+        t = torch.tensor(self.times, dtype=torch.float64)
+        columns = weights(t[:-1], t[1:], self.denoiser.schedule)
+        return list(zip(*(w.tolist() for w in columns), strict=True))
+
+    def x(self, z: Tensor, i: int) -> Tensor:
+        """The (guided, clipped) estimate of the clean x from `z` at times[i]."""
+        raw = getattr(self.denoiser, "raw", None)
+        if raw is None:
+            x = self.denoiser(z, self.rows[i], self.cond, self.w)
+            return x if self.clip is None else x.clamp(*self.clip)
+        output = raw(z, self.rows[i], self.cond, self.w)
+        return guided_update(output, z, self.rows[i], None, self.denoiser.schedule, self.w, clip=self.clip)
+
+    def update(self, z: Tensor, i: int, kind: Kind, on: tuple[float, ...], noise: Tensor | None = None) -> Tensor:
+        """The state at times[i + 1]: a network's raw output goes unopened to kernels.guided_update, which knows `kind`.
+
+        Without one it is on[0] z + on[1] x + on[2] noise, the same to rounding.
+        """
+        raw = getattr(self.denoiser, "raw", None)
+        if raw is None:
+            moved = torch.add(on[0] * z, self.x(z, i), alpha=on[1])
+            return moved if noise is None else moved.add_(noise, alpha=on[2])
+        t, s, schedule = self.rows[i], self.rows[i + 1], self.denoiser.schedule
+        output = raw(z, t, self.cond, self.w)
+        return guided_update(output, z, t, s, schedule, self.w, kind=kind, noise=noise, clip=self.clip)
+
+    def noise(self, i: int) -> Tensor:
+        """N(0, I) for update i, shaped like z: from each sample's seed alone, else the global generator."""
+        if self.seeds is None:
+            return torch.randn_like(self.z)
+        return seeded_noise(self.seeds.to(self.z.device), self.z.shape[1:], stream=UPDATE_STREAM + i).to(self.z.dtype)
+
+    def report(self, i: int, z: Tensor) -> Tensor:
+        """Tell the callback of update i; returns z."""
+        if self.callback is not None:
+            self.callback(i, self.times[i + 1], z)
+        return z
+
+
+def prepare(
+    denoiser: Denoiser,
+    noise: Tensor | None,
+    steps: int,
+    cond: Cond,
+    w: Weight,
+    times: Sequence[float] | Tensor | None,
+    z: Tensor | None,
+    clip: Clip,
+    seeds: Tensor | None,
+    callback: Callback | None,
+    *,
+    student: str | None,
+) -> Run:
+    """Check a sampler's arguments and lay out its grid.
+
+    `student` is the kind of distilled denoiser that the sampler is meant for (None: none).
+    Raises ValueError in one line for what cannot work; warns where `denoiser.trained` says otherwise.
+    """
+    grid = checks.time_grid(steps, times)
+    start = checks.start("z", z) if z is not None else checks.start("noise", noise)
+    checks.leading("cond", cond, len(start))
+    checks.guidance(w, len(start))
+    checks.clip(clip)
+    checks.seeds(seeds, len(start))
+    checks.trained(denoiser, grid, w, student)
+    if z is None:
+        start = start * denoiser.schedule.init_noise_scale
+    column = torch.tensor(grid, dtype=torch.float64).to(start.dtype).to(start.device)
+    rows = column[:, None].repeat(1, len(start)).unbind()
+    return Run(denoiser, cond, w, clip, seeds, callback, grid, rows, start)
