@@ -10,7 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,6 +39,8 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             composed = hydra_compose("config", overrides=[search, *map(_open_key, overrides)])
         return typed(composed)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: not what hydra reads as key=value or group=choice") from error
     except MissingConfigException as error:
         raise ConfigError(_missing(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -67,6 +69,7 @@ def _register() -> None:
 
 def _open_key(override: str) -> str:
     """Keys below `overrides:` and `updates_at:` are the user's own: hydra's `++` lets them be new."""
+    override = re.sub(r"updates_at\.(\d+)=(.+)", r"updates_at={\1: \2}", override)  # else its key would be a string
     return f"++{override}" if _OPEN.match(override) else override
 
 

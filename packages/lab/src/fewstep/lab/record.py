@@ -129,7 +129,7 @@ def _plain(value: Any, results_only: bool) -> Any:
 
 def _as_yaml(tree: Any) -> Any:
     """`tree` as it reads back from a file: two configs compare equal exactly when their files do."""
-    return yaml.safe_load(yaml.safe_dump(tree))
+    return yaml.safe_load(yaml.safe_dump(tree, sort_keys=False))
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

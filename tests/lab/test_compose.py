@@ -1,0 +1,111 @@
+"""Config errors are met before compute, in one line that says what would be right."""
+
+from pathlib import Path
+
+import pytest
+from fewstep.lab.compose import compose
+from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.validate import stage_order, validate
+from lab_configs import altered
+
+DIGITS = Path(__file__).parents[2] / "experiments" / "digits"
+
+
+def digits(*overrides: str) -> Config:
+    return compose(DIGITS, ["preset=debug", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.teacher.updats=3", "did you mean stages.teacher.updates?"),
+        ("stages.tacher.updates=3", "did you mean stages.teacher?"),
+        ("sead=3", "did you mean seed?"),
+        ("updates=3", "did you mean stages.classifier.updates"),
+        ("stages.evaluate.reference.stpes=3", "did you mean stages.evaluate.reference.steps?"),
+        ("schedule.shfit=1", "did you mean schedule.shift?"),
+        ("preset=ful", "known: debug, full, quickstart"),
+        ("schedule=cosin", "known: cosine, karras, linear_beta, rectified_flow"),
+        ("stages.teacher.updates=many", "'many' of type 'str' could not be converted to Integer"),
+        ("stages.halve.steps=[16,8.5]", "stages.halve.steps[1]"),
+        ("stages.teacher.updates", "not what hydra reads as key=value"),
+        ("out=[1", "not what hydra reads as key=value"),
+    ],
+)
+def test_misspelt_key_is_named_with_the_nearest_known_one(override: str, words: str) -> None:
+    # Broken: a typo trains the default for an hour, or ends in hydra's page of search paths.
+    with pytest.raises(ConfigError) as caught:
+        digits(override)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("stages.halve.steps", [16, 6], "6 is not reached from 16 by halving (8 comes after 16)"),
+        ("stages.halve.steps", [12, 6, 3, 1], "1 is not reached from 3 by halving (3 cannot be halved)"),
+        ("stages.halve.steps", [], "at least one"),
+        ("stages.halve.updates_at", {32: 9}, "stages.halve.updates_at=32"),
+        ("stages.halve.w_range", [0.0, 9.0], "within the teacher's range [0.0, 4.0]"),
+        ("stages.guide.w_range", [3.0, 1.0], "0 <= w_min <= w_max"),
+        ("stages.guide.needs", [], "exactly one stage of kind teacher"),
+        ("stages.guide.needs", ["tacher"], "did you mean teacher?"),
+        ("stages.teacher.needs", ["halve"], "a circle: teacher -> halve -> guide -> teacher"),
+        ("stages.teacher.weight", "trunc_snr", "known: snr, truncated_snr"),
+        ("stages.teacher.anneal", "cosin", "did you mean cosine?"),
+        ("stages.teacher.accumulate", 5, "a divisor of batch_size"),
+        ("stages.teacher.updates", 0, "more than 0"),
+        ("stages.teacher.betas", [0.9], "two numbers in [0, 1)"),
+        ("stages.teacher.cond_drop", 1.0, "in [0, 1)"),
+        ("stages.evaluate.steps", [4, 32], "one of the trained students'"),
+        ("prediction", "epsilon", "must be one of x, eps, v, flow"),
+        ("data.image_size", 16, "digits has 8"),
+        ("data.channels", 3, "digits has 1"),
+        ("data.num_classes", 11, "digits has 10"),
+        ("data.name", "mnist", "known: digits"),
+        ("schedule", {"type": "Cosine", "log_snr_min": 30.0}, "schedule: log_snr_min"),
+        ("threads", 0, "1 or more, or null"),
+    ],
+)
+def test_impossible_value_is_refused_with_what_would_be_right(
+    debug_config: Config, key: str, value: object, words: str
+) -> None:
+    # Broken: the run fails hours later, or trains something else than was asked.
+    with pytest.raises(ConfigError) as caught:
+        validate(altered(debug_config, key, value))
+    assert words in str(caught.value)
+    assert str(caught.value).startswith((key, key.split(".")[0]))
+    assert "\n" not in str(caught.value)
+
+
+def test_override_reaches_its_stage_alone_with_its_type() -> None:
+    config = digits("stages.guide.updates=7", "stages.guide.lr=1", "stages.halve.updates_at.1=30", "seed=5")
+    assert (config.stages["guide"].updates, config.stages["guide"].lr, config.seed) == (7, 1.0, 5)
+    assert config.stages["teacher"].updates != 7
+    assert config.stages["halve"].updates_at == {1: 30}
+
+
+def test_keys_of_the_users_own_need_no_plus() -> None:
+    # `network.overrides` is open: its keys are the network's arguments, which the network itself checks.
+    config = digits("network.overrides.channels=24", "stages.guide.student.network.overrides.channels=8")
+    assert config.network.overrides == {"channels": 24}
+    assert config.stages["guide"].student.network.overrides == {"channels": 8}
+
+
+def test_a_stage_may_be_added_for_a_baseline_at_one_w() -> None:
+    config = digits("+stage@stages.guide_w1=guide", "stages.guide_w1.needs=[teacher]", "stages.guide_w1.w_range=[1,1]")
+    assert config.stages["guide_w1"].name == "guide_w1"
+    order = stage_order(config)
+    assert order.index("guide_w1") > order.index("teacher")
+
+
+def test_presets_differ_in_their_folder_so_that_their_results_cannot_mix() -> None:
+    outs = {compose(DIGITS, [f"preset={name}"]).out for name in ("quickstart", "full", "debug")}
+    assert len(outs) == 3
+    assert compose(DIGITS).out == "runs/digits"
+
+
+def test_folder_without_config_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"experiment=nowhere: no config\.yaml"):
+        compose("nowhere")

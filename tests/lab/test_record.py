@@ -1,0 +1,66 @@
+"""Folders remember the config that made them; another one is refused by the name of the key."""
+
+from pathlib import Path
+
+import pytest
+from fewstep.lab import record
+from fewstep.lab.config import Config, ConfigError
+from lab_configs import altered
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage", "words"),
+    [
+        ("stages.guide.lr", 0.25, "guide", "stages.guide.lr=0.25"),
+        ("stages.teacher.updates", 99, "guide", "stages.teacher.updates=99"),
+        ("network.overrides", {"channels": 24}, "teacher", "network.overrides.channels=24"),
+        ("seed", 8, "classifier", "seed=8"),
+        ("schedule", {"type": "Karras"}, "teacher", "schedule.type=Karras"),
+        ("stages.guide.grad_clip", None, "guide", "stages.guide.grad_clip=null"),
+    ],
+)
+def test_changed_result_is_refused_with_old_and_new_value(
+    debug_config: Config, tmp_path: Path, key: str, value: object, stage: str, words: str
+) -> None:
+    # Broken: a table mixes two settings and nobody can tell.
+    record.begin(debug_config, stage, tmp_path)
+    record.refuse_mixing(debug_config, stage, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        record.refuse_mixing(altered(debug_config, key, value), stage, tmp_path)
+    assert words in str(caught.value)
+    assert "was made with" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "stage"),
+    [
+        ("progress", False, "guide"),
+        ("tensorboard", True, "guide"),
+        ("stages.guide.log_every", 3, "guide"),
+        ("stages.guide.checkpoint_seconds", 3.0, "guide"),
+        ("out", "elsewhere", "guide"),
+        ("stages.halve.updates", 77, "guide"),  # guide does not rest on what comes after it
+        ("stages.evaluate.num_samples", 77, "halve"),
+    ],
+)
+def test_what_changes_no_result_of_the_stage_may_change(
+    debug_config: Config, tmp_path: Path, key: str, value: object, stage: str
+) -> None:
+    # Broken: turning off a progress bar costs the user a day of training.
+    record.begin(debug_config, stage, tmp_path)
+    record.refuse_mixing(altered(debug_config, key, value), stage, tmp_path)
+
+
+def test_other_threads_are_noticed(debug_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record.begin(debug_config, "guide", tmp_path)
+    assert record.other_circumstances(tmp_path) is None
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    assert "threads" in str(record.other_circumstances(tmp_path))
+
+
+def test_commit_of_the_code_is_written(debug_config: Config, tmp_path: Path) -> None:
+    record.begin(debug_config, "guide", tmp_path)
+    (call,) = record.read_calls(tmp_path)
+    assert call["commit"] == record.commit()
+    record.begin(debug_config, "guide", tmp_path)
+    assert len(record.read_calls(tmp_path)) == 2
