@@ -9,6 +9,9 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from fewstep.lab.metrics import (
     Moments,
     extract,
@@ -18,8 +21,6 @@ from fewstep.lab.metrics import (
     precision_recall,
     register_judge,
 )
-from torch import Tensor
-from torch.utils.data import Dataset
 
 
 def gaussian(n: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

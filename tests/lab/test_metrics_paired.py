@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from fewstep.lab.metrics import Target, class_accuracy, guidance_response, paired_error, squared_errors
 
 

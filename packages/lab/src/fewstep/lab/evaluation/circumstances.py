@@ -1,0 +1,45 @@
+"""On what, with what and in what time: so that a table of figures can be made again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.lab import record
+
+
+def circumstances(seed: int, device: torch.device) -> dict[str, Any]:
+    """Commit, seed, versions and hardware of this process, and the most memory that it held."""
+    return {
+        "commit": record.commit(),
+        "seed": seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def stage_seconds(inputs: Mapping[str, Path]) -> dict[str, float]:
+    """Seconds that each finished stage took in the call that finished it."""
+    return {name: float(json.loads((path / "DONE").read_text())["seconds"]) for name, path in inputs.items()}

@@ -1,0 +1,101 @@
+"""The samples of an evaluation: made once, kept in shards, met chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fewstep.lab.context import Interrupted
+from fewstep.lab.evaluation.plan import Draw
+from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.metrics import Features, Moments, extract, squared_errors
+from fewstep.lab.progress import SamplingProgress
+from fewstep.lab.sampling import SampleSpec, nfe_of, sample_shards
+from fewstep.lab.shards import Shard, ShardCache
+
+
+@dataclass
+class Samples:
+    """Sets of samples by what they are (`Draw`); whatever is asked for twice is sampled once.
+
+    sizes: the sets and how many samples each has. judge: name of the registered feature extractor. Memory holds one
+    chunk of images and the features of every set.
+    """
+
+    sizes: Mapping[Draw, int]
+    models: Mapping[str, Model]
+    cache: ShardCache
+    judge: str
+    shape: tuple[int, int, int]
+    classes: tuple[int, ...]
+    seed: int
+    chunk: int
+    device: torch.device
+    _features: dict[tuple[Draw, int], Features] = field(default_factory=dict)
+    _seconds: dict[Draw, float] = field(default_factory=dict)
+
+    def spec(self, draw: Draw) -> SampleSpec:
+        """What determines the samples of this set besides the model."""
+        return SampleSpec(
+            draw.sampler, draw.steps, draw.w, self.seed, draw.noises, self.shape, self.classes, self.chunk
+        )
+
+    def nfe(self, draw: Draw) -> int:
+        """Network evaluations per image."""
+        return nfe_of(draw.sampler, draw.steps, draw.w, self.models[draw.model].two_branches)
+
+    def make(self, console: Console, bar: bool, stopping: Callable[[], bool]) -> None:
+        """Sample what is not there yet.
+
+        Raises:
+            Interrupted: `stopping` said so; finished chunks are kept.
+        """
+        total = sum(size * self.nfe(draw) for draw, size in self.sizes.items())
+        with SamplingProgress(console, total, bar=bar) as shown:
+            for draw in self.sizes:
+                for shard, cached in self._shards(draw):
+                    shown.advance(draw.label, len(shard.images), self.nfe(draw), shard.seconds, cached=cached)
+                    if stopping():
+                        raise Interrupted(f"evaluate: stopped while sampling {draw.label}; what was sampled is kept")
+
+    def batches(self, draw: Draw, count: int) -> Iterator[Tensor]:
+        """Samples 0, ..., count - 1 in chunks (B, C, H, W), not clamped."""
+        for shard, _ in self._shards(draw):
+            yield shard.images[:count]
+            count -= len(shard.images)
+            if count <= 0:
+                return
+
+    def features(self, draw: Draw, count: int) -> Features:
+        """What the judge sees in samples 0, ..., count - 1."""
+        if (draw, count) not in self._features:
+            self._features[draw, count] = extract(self.judge, self.batches(draw, count))
+        return self._features[draw, count]
+
+    def moments(self, draw: Draw, count: int) -> Moments:
+        """Mean and covariance of those features."""
+        return Moments.of(self.features(draw, count).features)
+
+    def labels(self, count: int) -> Tensor:
+        """Classes (count,) of samples 0, ..., count - 1, the same in every set."""
+        return torch.tensor(self.classes)[torch.arange(count) % len(self.classes)]
+
+    def squared_errors(self, a: Draw, b: Draw, count: int) -> Tensor:
+        """Mean squared pixel difference (count,) between samples of two sets from the same noises."""
+        pairs = zip(self.batches(a, count), self.batches(b, count), strict=True)
+        return torch.cat([squared_errors(first, second) for first, second in pairs])
+
+    def images_per_second(self, draw: Draw) -> float:
+        """Speed at which this set was sampled, in chunks of `chunk`."""
+        if draw not in self._seconds:
+            self._seconds[draw] = sum(shard.seconds for shard, _ in self._shards(draw))
+        return self.sizes[draw] / max(self._seconds[draw], 1e-9)
+
+    def _shards(self, draw: Draw) -> Iterator[tuple[Shard, bool]]:
+        model = self.models[draw.model]
+        spec, size = self.spec(draw), self.sizes[draw]
+        return sample_shards(lambda: model.denoiser, spec, size, self.device, self.cache, model.digest)

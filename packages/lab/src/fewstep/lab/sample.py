@@ -1,0 +1,145 @@
+"""`fewstep sample`: images from a saved model, as a PNG grid and as tensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rich.console import Console
+
+from fewstep.lab.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fewstep.lab.sampling import SampleSpec
+    from fewstep.models import NetworkDenoiser
+    from fewstep.schedules import Denoiser
+
+MOST_COLUMNS = 20  # of a grid with a column per class
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `fewstep sample`."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: those that the model was distilled to")
+    parser.add_argument("--w", type=float, default=1.0, help="guidance weight; 0 is none (scale is 1 + w)")
+    parser.add_argument("--num", type=int, default=100, help="number of images")
+    parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
+    parser.add_argument("--sampler", default="ddim", help="ddim, dpmpp_2m, heun or ancestral")
+    parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
+    parser.add_argument("--chunk", type=int, default=250, help="images sampled at once")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--png", action="store_true", help="also write every image as its own PNG")
+    parser.add_argument("--strict", action="store_true", help="refuse steps and w that the model was not trained for")
+
+
+def command(args: argparse.Namespace, console: Console) -> int:
+    """Sample as the arguments say.
+
+    Raises:
+        ConfigError: an argument that cannot be; with --strict also steps or w that the model was not trained for.
+        ValueError, FileNotFoundError: a model folder that is damaged or missing.
+    """
+    import torch
+
+    from fewstep.lab.distributed import pick_device
+    from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.sampling import misuse
+    from fewstep.models import load
+
+    for name in ("num", "chunk"):
+        _require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
+    device = pick_device(args.device)
+    network = load(args.model, device)
+    spec = spec_of(args, network)
+    with misuse(console, args.strict):
+        denoiser = with_guidance(network, spec.w)
+        images = torch.cat(list(sample(denoiser, spec, args.num, device, console))).clamp(-1, 1)
+    write(Path(args.out), images, spec, args.model, every_image=args.png)
+    console.print(f"{Path(args.out) / 'grid.png'}  {Path(args.out) / 'samples.safetensors'}")
+    return 0
+
+
+def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:
+    """What is to be sampled, every argument checked against the model."""
+    from fewstep.lab.sampling import SAMPLERS, SampleSpec
+    from fewstep.models import Network
+
+    _require(args.sampler in SAMPLERS, "--sampler", args.sampler, f"one of {', '.join(SAMPLERS)}")
+    _require(args.w >= 0 and math.isfinite(args.w), "--w", args.w, "0 (no guidance) or more")
+    steps = args.steps or (network.trained.steps if network.trained else None)
+    if steps is None or steps < 1:
+        raise ConfigError(f"--steps {steps}: must be 1 or more; only a distilled model knows its number of steps")
+    shape = cast(Network, network.network).input_shape
+    classes = parse_classes(args.classes, cast(Network, network.network).num_classes)
+    return SampleSpec(args.sampler, steps, args.w, args.seed, 0, shape, classes, args.chunk)
+
+
+def parse_classes(text: str, num_classes: int | None) -> tuple[int, ...]:
+    """ "0-3,7" as (0, 1, 2, 3, 7); "" as every class, or as none for an unconditional model.
+
+    Raises:
+        ConfigError: no such list, or a class that the model does not know.
+    """
+    if num_classes is None:
+        _require(not text, "--classes", text, "left out: this model is unconditional")
+        return ()
+    found: list[int] = []
+    for part in text.split(",") if text else [f"0-{num_classes - 1}"]:
+        low, _, high = part.strip().partition("-")
+        fits = low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)
+        _require(fits, "--classes", text, "a list such as 0-9 or 3,5,7")
+        found += range(int(low), int(high or low) + 1)
+    for index in found:
+        _require(index < num_classes, "--classes", text, f"within 0-{num_classes - 1}: this model has no class {index}")
+    return tuple(found)
+
+
+def sample(denoiser: Denoiser, spec: SampleSpec, num: int, device: torch.device, console: Console) -> Iterator[Tensor]:
+    """Samples 0, ..., num - 1 in chunks (B, C, H, W), with progress."""
+    from fewstep.lab.progress import SamplingProgress
+    from fewstep.lab.sampling import timed_chunk
+
+    with SamplingProgress(console, num) as progress:
+        for start, stop in spec.ranges(num):
+            shard = timed_chunk(denoiser, spec, start, stop, device)
+            progress.advance(f"{spec.sampler} {spec.steps} w={spec.w:g}", stop - start, 1, shard.seconds)
+            yield shard.images
+        console.print(f"{num} images, {num / max(progress.seconds, 1e-9):,.0f} images/s")
+
+
+def write(out: Path, images: Tensor, spec: SampleSpec, model: str, *, every_image: bool) -> None:
+    """Write grid.png, a column per class, samples.safetensors, and if asked to `images/00000.png` and so on."""
+    from safetensors.torch import save_file
+
+    from fewstep.lab.checkpoint import replace_durably
+    from fewstep.lab.pictures import enlarged, tile, to_bytes, write_png
+
+    out.mkdir(parents=True, exist_ok=True)
+    pixels = to_bytes(images)
+    columns = len(spec.classes) if 1 < len(spec.classes) <= MOST_COLUMNS else math.ceil(math.sqrt(len(images)))
+    write_png(out / "grid.png", tile(enlarged(pixels), min(columns, len(images))))
+    tensors = {"images": images.contiguous(), "seeds": spec.seeds(0, len(images))}
+    labels = spec.labels(0, len(images))
+    if labels is not None:
+        tensors["classes"] = labels
+    partial = out / ".samples.safetensors"
+    save_file(tensors, partial, {"sample": json.dumps({"model": model, **asdict(spec)})})
+    replace_durably(partial, out / "samples.safetensors")
+    if every_image:
+        (out / "images").mkdir(exist_ok=True)
+        for i, image in enumerate(pixels):
+            write_png(out / "images" / f"{i:05d}.png", image)
+
+
+def _require(holds: bool, option: str, value: object, right: str) -> None:
+    if not holds:
+        raise ConfigError(f"{option}{f' {value}' if value != '' else ''}: must be {right}")

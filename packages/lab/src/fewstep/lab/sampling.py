@@ -1,0 +1,136 @@
+"""Sampling in fixed chunks of consecutive sample indices, noise and class a function of the index alone.
+
+So sample i of a set is the same noise and class whatever the batch, shard or process that makes it; and since chunks
+are the unit that shards are made of, the images are bitwise the same however shards are spread.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fewstep.lab.config import ConfigError
+from fewstep.lab.shards import Shard, ShardCache
+from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun
+from fewstep.schedules import Denoiser, sample_seeds, seeded_noise
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ancestral": ancestral}
+
+
+def calls_of(sampler: str, steps: int) -> int:
+    """Denoiser calls of a sampler: first-order ones and DPM-Solver++(2M) make one per step, Heun 2 steps - 1."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def nfe_of(sampler: str, steps: int, w: float | None, two_branches: bool) -> int:
+    """Network evaluations per image.
+
+    two_branches: guidance is applied outside the network, so a call with w > 0 evaluates it twice. w = 0 is no guidance
+    (Stable Diffusion's guidance scale is 1 + w) and costs one evaluation.
+    """
+    return calls_of(sampler, steps) * (2 if two_branches and w else 1)
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What, besides the weights, determines samples.
+
+    w: guidance weight >= 0; w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). seed and noises choose
+    the noise of sample i; sets that differ in `noises` are independent. classes: sample i gets class
+    classes[i % len(classes)], none if empty. shape: (C, H, W). chunk: images sampled at once.
+    """
+
+    sampler: str
+    steps: int
+    w: float | None
+    seed: int
+    noises: int
+    shape: tuple[int, int, int]
+    classes: tuple[int, ...]
+    chunk: int
+
+    def ranges(self, count: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each chunk of samples 0, ..., count - 1."""
+        for start in range(0, count, self.chunk):
+            yield start, min(start + self.chunk, count)
+
+    def seeds(self, start: int, stop: int) -> Tensor:
+        """Seeds (B,) int64 of these samples."""
+        return sample_seeds(self.seed, self.noises, torch.arange(start, stop))
+
+    def labels(self, start: int, stop: int) -> Tensor | None:
+        """Classes (B,) int64 of these samples, balanced; None without classes."""
+        if not self.classes:
+            return None
+        return torch.tensor(self.classes)[torch.arange(start, stop) % len(self.classes)]
+
+    def key(self, digest: str, device: torch.device) -> dict[str, Any]:
+        """The key of the shards that the model with this digest makes of it on this kind of device."""
+        return {"format": 1, "model": digest, "device": device.type, **asdict(self)}
+
+
+def sample_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Tensor:
+    """Samples start, ..., stop - 1 as (B, C, H, W) float32 on the CPU, made with clip=None and not clamped."""
+    seeds = spec.seeds(start, stop)
+    labels = spec.labels(start, stop)
+    noise = seeded_noise(seeds, spec.shape).to(device)
+    cond = None if labels is None else labels.to(device)
+    with torch.inference_mode():
+        x = SAMPLERS[spec.sampler](denoiser, noise, spec.steps, cond, spec.w, seeds=seeds)
+    return x.float().cpu()
+
+
+def sample_shards(
+    load: Callable[[], Denoiser],
+    spec: SampleSpec,
+    count: int,
+    device: torch.device,
+    cache: ShardCache,
+    digest: str,
+) -> Iterator[tuple[Shard, bool]]:
+    """(shard, whether it was there) of samples 0, ..., count - 1 in order; what is not in `cache` is made and kept.
+
+    load: gives the denoiser, called only when something is to be made. digest: of the model, see `evaluation.zoo`.
+    """
+    key = spec.key(digest, device)
+    for start, stop in spec.ranges(count):
+        found = cache.get(key, start, stop)
+        shard = found or timed_chunk(load(), spec, start, stop, device)
+        if found is None:
+            cache.put(key, start, stop, shard)
+        yield shard, found is not None
+
+
+def timed_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Shard:
+    """`sample_chunk` with its wall-clock time."""
+    began = time.perf_counter()
+    images = sample_chunk(denoiser, spec, start, stop, device)
+    return Shard(images, time.perf_counter() - began)
+
+
+# How the warnings of fewstep.samplers about a model's training begin; any other warning is none of our business.
+MISUSE = r"(denoiser was trained|w = .* lies outside the range)"
+
+
+@contextmanager
+def misuse(console: Console, strict: bool) -> Iterator[None]:
+    """Within, a sampler's warning that a model is used outside what it was trained for is one line on the console.
+
+    Raises:
+        ConfigError: with `strict`, that line instead, before anything is computed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error" if strict else "default", message=MISUSE, category=UserWarning)
+        warnings.showwarning = lambda message, *_, **__: console.print(f"warning: {message}", markup=False)
+        try:
+            yield
+        except UserWarning as warning:
+            raise ConfigError(f"{warning} (--strict)") from warning

@@ -1,0 +1,82 @@
+"""Samples on disk in shards that are whole or absent, so that killed work loses at most one shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.lab.checkpoint import replace_durably
+
+
+class Shard(NamedTuple):
+    """images (B, C, H, W) float32, not clamped, and the seconds that sampling them took."""
+
+    images: Tensor
+    seconds: float
+
+
+class ShardCache:
+    """Shards of consecutive sample indices under `root`, in one folder per key.
+
+    A key names everything that determines the images (weights, sampler, steps, w, seed, ...): another key is another
+    folder, so nothing is ever reused for what it is not. Shards are written to a temporary file and renamed, and carry
+    a checksum: a damaged one counts as absent.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, key: Mapping[str, Any]) -> Path:
+        """Where shards of this key lie; `key` must be JSON-able."""
+        return self.root / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+    def path(self, key: Mapping[str, Any], start: int, stop: int) -> Path:
+        """File of sample indices start, ..., stop - 1."""
+        return self.folder(key) / f"{start:07d}-{stop:07d}.safetensors"
+
+    def get(self, key: Mapping[str, Any], start: int, stop: int) -> Shard | None:
+        """The shard, or None where there is none that is whole."""
+        path = self.path(key, start, stop)
+        return read_shard(path) if path.is_file() else None
+
+    def put(self, key: Mapping[str, Any], start: int, stop: int, shard: Shard) -> None:
+        """Keep a shard."""
+        path = self.path(key, start, stop)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_shard(path, shard)
+
+
+def write_shard(path: Path, shard: Shard) -> None:
+    """Write a shard with its checksum; an interrupted call leaves the file as it was."""
+    images = shard.images.contiguous()
+    metadata = {"sha256": _digest(images), "seconds": repr(shard.seconds)}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({"images": images}, partial, metadata)
+        replace_durably(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_shard(path: Path) -> Shard | None:
+    """The shard in this file; None if it is truncated or its checksum does not match."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, images = file.metadata(), file.get_tensor("images")
+        whole = metadata["sha256"] == _digest(images)
+        return Shard(images, float(metadata["seconds"])) if whole else None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.to(torch.float32).numpy().tobytes()).hexdigest()

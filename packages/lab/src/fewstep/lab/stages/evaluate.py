@@ -1,0 +1,159 @@
+"""Measures the models of a run: `results.json` holds every figure, `targets` in it those that were asked for.
+
+Samples are cached in `cache/` in shards, so an evaluation that was killed goes on with the shard that it was at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.lab.checkpoint import replace_durably, write_text
+from fewstep.lab.classifier import Classifier, load_classifier
+from fewstep.lab.config import ConfigError, EvaluateConfig
+from fewstep.lab.context import StageContext
+from fewstep.lab.data import load_data
+from fewstep.lab.evaluation import distances, pairs, rows, timing
+from fewstep.lab.evaluation.circumstances import circumstances, stage_seconds
+from fewstep.lab.evaluation.distances import Reference
+from fewstep.lab.evaluation.plan import Plan, Students
+from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.evaluation.verdict import targets
+from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.metrics import register_judge
+from fewstep.lab.sampling import misuse
+from fewstep.lab.shards import ShardCache
+
+FORMAT = 1
+FEATURES = "digit-classifier features, not Inception"
+NOISES_SHOWN = 2  # images per class in the report's grids
+
+
+def run(ctx: StageContext) -> None:
+    """Sample, measure, write `results.json` and `grids.safetensors` (the images that the report shows)."""
+    data = load_data(ctx.config.data)
+    plan, models = plan_of(ctx, len(data.train))
+    samples = samples_of(ctx, plan, models)
+    with misuse(ctx.console, ctx.strict):
+        samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+        reference = Reference.of(samples.judge, data, ctx.stage.kid_subsets)
+        results = measure(ctx, samples, plan, reference)
+    write_grids(ctx.out / "grids.safetensors", samples, plan)
+    write_text(ctx.out / "results.json", json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+    _say(ctx, results)
+
+
+def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Model]]:
+    """What is to be sampled, and the models that it takes by their names.
+
+    `validate` has made sure that `needs` holds every kind.
+    """
+    stage: EvaluateConfig = ctx.stage
+    (teacher, *_), (guide, *_), (first, *others) = (ctx.inputs_of_kind(kind) for kind in ("teacher", "guide", "halve"))
+    folders = {name: ctx.inputs[name] / "model" for name in (teacher, guide)}
+    for name in (first, *others):
+        for steps in ctx.config.stages[name].steps:
+            folders[f"{name}/steps_{steps}"] = ctx.inputs[name] / f"steps_{steps}" / "model"
+    models = {name: Model(folder, ctx.device) for name, folder in folders.items()}
+    students, *more = (_students(ctx, name, models) for name in (first, *others))
+    return Plan(stage, teacher, guide, students, tuple(more), training_images), models
+
+
+def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Samples:
+    """The sets of samples of `plan`, seen by the judge that the run trained."""
+    folder, *_ = ctx.inputs_of_kind("classifier").values()
+    classifier = load_classifier(folder / "model").to(ctx.device)
+    config = ctx.config.data
+    return Samples(
+        sizes=plan.requests(),
+        models=models,
+        cache=ShardCache(ctx.out / "cache"),
+        judge=register_judge("fewstep-judge", partial(_look, classifier, ctx.device)),
+        shape=(config.channels, config.image_size, config.image_size),
+        classes=tuple(range(config.num_classes)),
+        seed=ctx.stage.seed,
+        chunk=ctx.stage.chunk,
+        device=ctx.device,
+    )
+
+
+def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Reference) -> dict[str, Any]:
+    """Everything that stands in `results.json`."""
+    table = rows.all_rows(samples, plan, reference)
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "experiment": ctx.config.name,
+        "features": FEATURES,
+        "settings": asdict(ctx.stage),
+        "judge": {"accuracy_heldout": reference.heldout.accuracy, "accuracy_train": reference.train.accuracy},
+        "data": {"name": ctx.config.data.name, **reference.sizes},
+        "reference_check": pairs.check_reference(samples, plan),
+        "teacher": distances.teacher_rows(samples, plan, reference),
+        "teacher_data": distances.teacher_against_data(samples, plan, reference),
+        "rows": table,
+        "paired_ratios": rows.against_best(table, "paired_error"),
+        "distance_ratios": rows.against_best(table, "teacher_distance"),
+        "guidance_response": pairs.responses(samples, plan),
+        "stage_one": pairs.stage_one_rows(samples, plan),
+        "stage_shares": pairs.stage_shares(samples, plan),
+        "curve": distances.curve_rows(samples, plan, reference),
+        "networks": {name: model.size for name, model in samples.models.items()},
+        "timing": timing.measure(samples, plan),
+        "stage_seconds": stage_seconds(ctx.inputs),
+        "circumstances": circumstances(ctx.config.seed, ctx.device),
+    }
+    results["targets"] = [target.to_json() for target in targets(results, ctx.stage)]
+    return results
+
+
+def write_grids(path: Path, samples: Samples, plan: Plan) -> None:
+    """The first images of each class, a tensor (N, C, H, W) per w and row: teacher, undistilled, students."""
+    options = plan.options
+    count = min(NOISES_SHOWN * len(samples.classes), options.num_samples, options.paired_noises)
+    shown: dict[str, Tensor] = {}
+    for w in options.weights:
+        named = [("teacher", plan.reference(w))]
+        named += [(f"baseline {draw.sampler}", draw) for draw in plan.baselines(options.headline, w)]
+        named += [(f"student {steps}", plan.student(steps, w)) for steps in options.steps]
+        for name, draw in named:
+            shown[f"{w:g}/{name}"] = torch.cat(list(samples.batches(draw, count))).clamp(-1, 1).contiguous()
+    partial_file = path.with_name(f".{path.name}")
+    save_file(shown, partial_file)
+    replace_durably(partial_file, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity replaced by None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _students(ctx: StageContext, name: str, models: dict[str, Model]) -> Students:
+    steps = ctx.config.stages[name].steps
+    trained = models[f"{name}/steps_{steps[0]}"].network.trained
+    if trained is None or trained.w_range is None:
+        raise ConfigError(f"{ctx.inputs[name]}: its students do not say for which w they were trained; train them anew")
+    return Students(name, {n: f"{name}/steps_{n}" for n in steps}, trained.w_range)
+
+
+def _look(classifier: Classifier, device: torch.device, images: Tensor) -> tuple[Tensor, Tensor]:
+    features, logits = classifier(images.to(device))
+    return features, logits
+
+
+def _say(ctx: StageContext, results: dict[str, Any]) -> None:
+    for target in results["targets"]:
+        mark = "ok  " if target["pass"] else ("aim " if target["aim"] else "MISS")
+        limit = f"{target['kind'].replace('_', ' ')} {target['limit']:g}"
+        ctx.console.print(f"{mark} {target['value']:8.4f}  {limit:14}  {target['name']}", highlight=False)
