@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,10 @@ from fewstep.models.network import Network
 class GroupNorm(nn.GroupNorm):
     """Group normalisation, optionally FiLM (y (1 + scale) + shift), then SiLU or nothing, in one kernel call."""
 
-    def forward(self, x: Tensor, film: Tensor | None = None, act: str = "silu") -> Tensor:
+    def forward(self, x: Tensor, film: Tensor | None = None, act: Literal["silu"] | None = "silu") -> Tensor:
         """Shape: x (B, C, H, W), film (B, 2 C) = [scale | shift] -> (B, C, H, W)."""
         scale, shift = (None, None) if film is None else film.chunk(2, dim=1)
-        y: Tensor = group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, act=act)
-        return y
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, act=act)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ResBlock(nn.Module):
         self.film = nn.Linear(emb_channels, 2 * out_channels)
         self.norm2 = groups.norm(out_channels)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip = None if channels == out_channels else nn.Linear(channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Shape: x (B, C, H, W), emb (B, E) with SiLU applied -> (B, C', H', W')."""
@@ -64,8 +63,9 @@ class ResBlock(nn.Module):
             h, x = _resample(h, self.resample), _resample(x, self.resample)
         h = self.norm2(self.conv1(h), self.film(emb))
         h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
-        skip: Tensor = self.skip(x)
-        return h + skip
+        if self.skip is not None:  # a 1x1 convolution; as a matrix product it needs no other layout
+            x = self.skip(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return h.add_(x)  # no gradient needs the convolution's output, and a large one is costly to allocate
 
 
 class SelfAttention(nn.Module):
@@ -80,9 +80,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: (B, C, H, W) -> (B, C, H, W). Tokens are a view of channels_last: nothing is copied."""
-        tokens = self.norm(x, act="none").permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.project(attention_qkv(self.qkv(tokens), self.heads))
-        return x + tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h = attention_qkv(self.qkv(_tokens(self.norm(x, act=None))), self.heads)
+        h = self.project(h).add_(_tokens(x))
+        return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -96,6 +96,10 @@ class Block(nn.Module):
         """Shape: x (B, C, H, W), emb (B, E) -> (B, C', H', W')."""
         h: Tensor = self.res(x, emb)
         return h if self.attention is None else self.attention(h)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _resample(x: Tensor, direction: str) -> Tensor:
@@ -120,6 +124,8 @@ class UNet(Network):
         groups: most groups of a normalisation.
         group_channels: fewest channels of a group.
         num_classes: K, with index K the null class; None for unconditional.
+        patch: pixels per side that the first convolution sees as one position with patch^2 times the channels (space to
+            depth, as in simple diffusion, arXiv 2301.11093): resolutions are then those of image_size / patch.
         guidance: {"form": ..., "w_range": [low, high]} if w is an input; see `GuidanceEmbedding`.
 
     Raises:
@@ -143,6 +149,7 @@ class UNet(Network):
         groups: int = 32,
         group_channels: int = 4,
         num_classes: int | None = None,
+        patch: int = 1,
         guidance: Mapping[str, Any] | None = None,
     ) -> None:
         out_channels, emb_channels = out_channels or in_channels, emb_channels or 4 * channels
@@ -152,18 +159,21 @@ class UNet(Network):
                 "channels": channels, "channel_mult": list(channel_mult), "blocks": blocks,
                 "attention": list(attention), "heads": heads, "head_dim": head_dim, "emb_channels": emb_channels,
                 "dropout": dropout, "groups": groups, "group_channels": group_channels, "num_classes": num_classes,
+                "patch": patch,
             }
         )  # fmt: skip
-        sizes = _level_sizes(image_size, len(channel_mult), attention)
+        if patch < 1 or image_size % patch:
+            raise ValueError(f"patch={patch} does not divide image_size={image_size}")
+        sizes = _level_sizes(image_size // patch, len(channel_mult), attention)
         widths = [channels * mult for mult in channel_mult]
         self._groups = Groups(groups, group_channels)
         self.conditioning = Conditioning(channels, emb_channels, num_classes)
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.encoder, skips = self._encoder(sizes, widths)
         self.middle = self._middle(sizes[-1], widths[-1])
         self.decoder = self._decoder(sizes, widths, skips)
         self.norm_out = self._groups.norm(channels)
-        self.conv_out = zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(channels, out_channels * patch**2, 3, padding=1))
         self._guidance_from_config(guidance)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this overload
 
@@ -215,6 +225,8 @@ class UNet(Network):
         """
         self._check(z, time)
         emb = self.conditioning(time, cond, w)
+        patch = self.config["patch"]
+        z = F.pixel_unshuffle(z, patch) if patch > 1 else z
         h = self.conv_in(z.to(dtype=self.conv_in.weight.dtype, memory_format=torch.channels_last))
         skips = [h]
         for block in self.encoder.values():
@@ -225,13 +237,13 @@ class UNet(Network):
         for name, block in self.decoder.items():
             h = block(h if name.endswith("_up") else torch.cat([h, skips.pop()], dim=1), emb)
         output: Tensor = self.conv_out(self.norm_out(h))
-        return output.contiguous()
+        return (F.pixel_shuffle(output, patch) if patch > 1 else output).contiguous()
 
 
 def _level_sizes(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
     """The resolution of each level."""
     if levels < 1 or image_size % 2 ** (levels - 1):
-        raise ValueError(f"image_size={image_size} cannot be halved for {levels} levels: make it a multiple of 2^(levels-1)")
+        raise ValueError(f"{image_size} positions per side cannot be halved for {levels} levels: make image_size / patch a multiple of 2^(levels-1)")
     sizes = [image_size >> level for level in range(levels)]
     unknown = [size for size in attention if size not in sizes]
     if unknown:
