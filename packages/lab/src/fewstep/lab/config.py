@@ -191,12 +191,12 @@ class PairedTarget:
 class TargetsConfig:
     """Figures to reach, each with its verdict in `results.json`; null, or an empty list, asks for nothing.
 
-    teacher_accuracy: class accuracy at w = 1, at least. teacher_fid: FID to held-out images at w = 0 over that of as many
-    training images. reference: RMSE between the reference sampler and the many-step one. paired: see `PairedTarget`.
-    distance: Frechet distance to the teacher's samples of the same w over the best undistilled sampler's. response:
-    guidance response over the teacher's is to lie within 1 +- this. fid: FID to held-out images at w = 0 over the
-    teacher's. stage_one: paired error of stage one alone, an aim only. overhead: time of ddim over that of its calls.
-    distance, response and fid are asked of the student of `EvaluateConfig.headline` steps.
+    teacher_accuracy: class accuracy at w = 1, at least. teacher_fid: FID to held-out images at w = 0 over that of as
+    many training images. reference: RMSE between the reference sampler and the many-step one. paired: see
+    `PairedTarget`. distance: Frechet distance to the teacher's samples of the same w over the best undistilled
+    sampler's. response: guidance response over the teacher's is to lie within 1 +- this. fid: FID to held-out images at
+    w = 0 over the teacher's. stage_one: paired error of stage one alone, an aim only. overhead: time of ddim over that
+    of its calls. distance, response and fid are asked of the student of `EvaluateConfig.headline` steps.
     """
 
     teacher_accuracy: float | None = None
@@ -229,11 +229,11 @@ class EvaluateConfig(StageConfig):
     The first stage of kind halve in `needs` is the one that is judged, others are rows beside it. num_samples: samples
     per w for the distances. paired_noises: noises per w for the paired error. weights: the values of w (w = 0 is no
     guidance; Stable Diffusion's guidance scale is 1 + w). steps: the students'; headline: the one that is held against
-    most targets. reference: the teacher's sampler for paired errors and distances. truth: the many-step one, against which
-    `reference` is first held on `check_noises` noises of each of `check_weights` (empty: `weights`), and over whose time
-    speed-ups are taken. curve_weights, curve_samples, curve_reference: w, samples per w (0: num_samples) and teacher
-    sampler of the FID-IS curve. floor: also two sets of teacher samples against each other. chunk: images sampled at once.
-    kid_subsets: subsets that KID is the mean of.
+    most targets. reference: the teacher's sampler for paired errors and distances. truth: the many-step one, against
+    which `reference` is first held on `check_noises` noises of each of `check_weights` (empty: `weights`), and over
+    whose time speed-ups are taken. guide_steps: steps of stage one alone. curve_weights, curve_samples,
+    curve_reference: w, samples per w (0: num_samples) and teacher sampler of the FID-IS curve. floor: also two sets of
+    teacher samples against each other. chunk: images sampled at once. kid_subsets: subsets that KID is the mean of.
     """
 
     kind: str = "evaluate"

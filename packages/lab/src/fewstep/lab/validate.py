@@ -131,14 +131,26 @@ def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
 
 
 def _check_evaluate(key: str, stage: EvaluateConfig, config: Config) -> None:
-    _positive(key, stage, "num_samples", "paired_noises", "chunk", "check_noises")
-    for name in ("weights", "curve_weights"):
+    _positive(key, stage, "num_samples", "paired_noises", "chunk", "check_noises", "guide_steps", "kid_subsets")
+    _positive(f"{key}.timing", stage.timing, "repeats", "teacher_steps")
+    for name in ("weights", "check_weights", "curve_weights"):
         values = getattr(stage, name)
         _require(all(w >= 0 for w in values), f"{key}.{name}", values, "each 0 (no guidance) or more")
-    trained = {n for need in stage.needs for n in getattr(config.stages[need], "steps", ())}
-    for steps in stage.steps if trained else ():
-        known = f"one of the trained students' {sorted(trained, reverse=True)}"
-        _require(steps in trained, f"{key}.steps", steps, known)
+    _require(bool(stage.weights), f"{key}.weights", stage.weights, "at least one w (0 is no guidance)")
+    for name in ("reference", "truth", "curve_reference"):
+        sampler = getattr(stage, name)
+        _one_of(f"{key}.{name}.sampler", sampler.sampler, ("ddim", "dpmpp_2m", "heun"))
+        _positive(f"{key}.{name}", sampler, "steps")
+    _one_of(f"{key}.headline", stage.headline, stage.steps)
+    kinds = [config.stages[need].kind for need in stage.needs]
+    for kind in ("classifier", "teacher", "guide", "halve"):
+        _require(kind in kinds, f"{key}.needs", stage.needs, f"with a stage of kind {kind}")
+    judged = next(config.stages[need].steps for need in stage.needs if config.stages[need].kind == "halve")
+    for steps in stage.steps:
+        _require(steps in judged, f"{key}.steps", steps, f"one of the trained students' {judged}")
+    for target in stage.targets.paired:
+        _one_of(f"{key}.targets.paired.w", target.w, stage.weights)
+        _one_of(f"{key}.targets.paired.steps", target.steps, stage.steps)
 
 
 def kind_of(stage: StageConfig) -> str:
@@ -157,7 +169,7 @@ def _check_range(key: str, w_range: list[float]) -> None:
     _require(fits, key, w_range, "[w_min, w_max] with 0 <= w_min <= w_max (w = 0 is no guidance)")
 
 
-def _positive(key: str, stage: StageConfig, *names: str) -> None:
+def _positive(key: str, stage: object, *names: str) -> None:
     for name in names:
         _require(getattr(stage, name) > 0, f"{key}.{name}", getattr(stage, name), "more than 0")
 
