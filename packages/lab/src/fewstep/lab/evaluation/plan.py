@@ -138,8 +138,8 @@ class Plan:
             yield self.reference(w, OTHER), max(options.num_samples, self.training_images if w == 0 else 0)
             for sampler in BASELINES:
                 yield self.stage_one(w, sampler), options.paired_noises
-            yield self.own_teacher(max(options.steps), w), options.paired_noises
             for steps in options.steps:
+                yield self.own_teacher(steps, w), options.paired_noises
                 yield self.student(steps, w), options.num_samples
                 yield from ((draw, options.num_samples) for draw in self.baselines(steps, w))
         for other, steps, w in self.others_draws():
