@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.kernels.backend import register
-from fewstep.kernels.tangent import has_tangent
+from fewstep.kernels.forward_mode import forward_mode_is_on
 
 
 def _key_mask(key_lengths: Tensor, keys: int) -> Tensor:
@@ -30,7 +30,7 @@ def attention(
     """Compute `fewstep.kernels.attention`, arguments checked."""
     if return_lse:
         return plain(q, k, v, scale, key_lengths)
-    if has_tangent(q, k, v):                                      # the fused operator has no forward mode
+    if forward_mode_is_on():                                     # the fused operator has no forward mode
         return plain(q, k, v, scale, key_lengths)[0]
     mask = None if key_lengths is None else _key_mask(key_lengths, k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

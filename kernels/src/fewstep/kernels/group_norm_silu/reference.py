@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.kernels.backend import register
-from fewstep.kernels.tangent import has_tangent
+from fewstep.kernels.forward_mode import forward_mode_is_on
 
 
 def _group_mean(per_channel: Tensor, groups: int) -> Tensor:
@@ -25,11 +25,11 @@ def _spatial(per_channel: Tensor, x: Tensor) -> Tensor:
     return per_channel.reshape(-1, x.shape[1], *[1] * (x.ndim - 2))
 
 
-def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and 1 / sqrt(variance + eps) of each channel's group, by two passes: (B, C, H, W) -> (B, C) twice."""
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x - mean (B, C, H, W), mean and 1 / sqrt(variance + eps) of each channel's group (B, C), by two passes."""
     mean = _group_mean(x.mean((2, 3)), groups)
-    variance = _group_mean((x - _spatial(mean, x)).square().mean((2, 3)), groups)
-    return mean, torch.rsqrt(variance + eps)
+    centred = x - _spatial(mean, x)
+    return centred, mean, torch.rsqrt(_group_mean(centred.square().mean((2, 3)), groups) + eps)
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -39,8 +39,8 @@ class _ChannelsLast(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        mean, rstd = moments(x, groups, eps)
-        return torch.addcmul(_spatial(offset, x), x - _spatial(mean, x), _spatial(rstd * gain, x)), mean, rstd
+        centred, mean, rstd = _moments(x, groups, eps)
+        return torch.addcmul(_spatial(offset, x), centred, _spatial(rstd * gain, x)), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -51,9 +51,9 @@ class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():                               # differentiated twice: statistics as functions of x
-            mean, rstd = moments(x, ctx.groups, ctx.eps)
         centred = x - _spatial(mean, x)
+        if torch.is_grad_enabled():                               # differentiated twice: statistics as functions of x
+            centred, mean, rstd = _moments(x, ctx.groups, ctx.eps)
         d_offset = dy.sum((2, 3))
         d_gain = (dy * centred).sum((2, 3)) * rstd
         pixels = x.shape[2] * x.shape[3]
@@ -84,15 +84,17 @@ def _normalize(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
                scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if _is_channels_last(x):
         gain, offset = _film(weight, bias, scale, shift, x)
-        if not has_tangent(x, gain, offset):
+        if not forward_mode_is_on():
             y: Tensor = _ChannelsLast.apply(x, gain, offset, groups, eps)[0]
             return y
-        mean, rstd = moments(x, groups, eps)
-        return torch.addcmul(_spatial(offset, x), x - _spatial(mean, x), _spatial(rstd * gain, x))
+        centred, _, rstd = _moments(x, groups, eps)
+        return torch.addcmul(_spatial(offset, x), centred, _spatial(rstd * gain, x))
+    rows = x.flatten(2) if x.ndim > 2 else x                      # as 3-D it can only be taken for contiguous
     if scale is None and shift is None:
-        return F.group_norm(x, groups, weight, bias, eps)
+        return F.group_norm(rows, groups, weight, bias, eps).reshape(x.shape)
     gain, offset = _film(weight, bias, scale, shift, x)
-    return torch.addcmul(_spatial(offset, x), F.group_norm(x, groups, None, None, eps), _spatial(gain, x))
+    normal = F.group_norm(rows, groups, None, None, eps).reshape(x.shape)
+    return torch.addcmul(_spatial(offset, x), normal, _spatial(gain, x))
 
 
 @register("group_norm_silu", "reference")

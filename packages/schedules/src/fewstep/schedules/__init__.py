@@ -2,7 +2,8 @@
 
 from fewstep.schedules.config import schedule_from_config
 from fewstep.schedules.denoiser import Cond, Denoiser, Raw, Trained
-from fewstep.schedules.families import Cosine, Discrete, Karras, LinearBeta, RectifiedFlow
+from fewstep.schedules.discrete import Discrete
+from fewstep.schedules.families import Cosine, Karras, LinearBeta, RectifiedFlow
 from fewstep.schedules.guidance import guide, guided_outputs, with_null
 from fewstep.schedules.noise import sample_seeds, seeded_noise, seeded_uniform
 from fewstep.schedules.prediction import Prediction, from_x, to_x

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fewstep.schedules.families import Cosine, Discrete, Karras, LinearBeta, RectifiedFlow
+from fewstep.schedules.discrete import Discrete
+from fewstep.schedules.families import Cosine, Karras, LinearBeta, RectifiedFlow
 from fewstep.schedules.schedule import Schedule
 
 SCHEDULES: dict[str, type[Schedule]] = {c.__name__: c for c in (Cosine, LinearBeta, Discrete, Karras, RectifiedFlow)}

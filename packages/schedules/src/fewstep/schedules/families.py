@@ -1,12 +1,12 @@
-"""The noise schedules: cosine, VP with linear beta, discrete, Karras (EDM) and rectified flow.
+"""The continuous noise schedules: cosine, VP with linear beta, Karras (EDM) and rectified flow.
 
 Where a curve runs to infinite log-SNR, time runs linearly between the points at which the curve meets the bounds, so
 that `log_snr` stays strictly monotone and `time` is its inverse everywhere. Constants are Python floats (float64).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 from fewstep.schedules.schedule import Kind, Schedule, wide
 
 
-def _unit(t: Tensor) -> Tensor:
+def unit(t: Tensor) -> Tensor:
+    """Return times as float32 or wider within [0, 1]."""
     return wide(t).clamp(0.0, 1.0)
 
 
-def _check_bounds(log_snr_min: float, log_snr_max: float) -> None:
+def check_bounds(log_snr_min: float, log_snr_max: float) -> None:
+    """Raise ValueError unless log_snr_min < log_snr_max, both finite."""
     if not -math.inf < log_snr_min < log_snr_max < math.inf:
         raise ValueError(f"log_snr_min={log_snr_min} must be finite and below log_snr_max={log_snr_max}")
 
@@ -40,7 +42,7 @@ class Cosine(Schedule):
     kind: ClassVar[Kind] = "vp"
 
     def __post_init__(self) -> None:
-        _check_bounds(self.log_snr_min, self.log_snr_max)
+        check_bounds(self.log_snr_min, self.log_snr_max)
 
     def _angles(self) -> tuple[float, float, float]:
         """Angle at t = 0, angle that is left to pi / 2 at t = 1, and the range between."""
@@ -50,7 +52,7 @@ class Cosine(Schedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return lambda_t. Shape: any -> same."""
-        t, (first, last, span) = _unit(t), self._angles()
+        t, (first, last, span) = unit(t), self._angles()
         early = t <= 0.5
         # tan(pi / 2 - y) = 1 / tan(y): near t = 1 the angle left to pi / 2 keeps the digits that pi / 2 - y has lost
         angle = torch.where(early, first + span * t, last + span * (1 - t))
@@ -79,12 +81,13 @@ class LinearBeta(Schedule):
     kind: ClassVar[Kind] = "vp"
 
     def __post_init__(self) -> None:
-        _check_bounds(self.log_snr_min, self.log_snr_max)
+        check_bounds(self.log_snr_min, self.log_snr_max)
         if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(f"beta_min={self.beta_min} must be positive and at most beta_max={self.beta_max}")
-        if self._ends()[0] >= 1:
+        if self._ends[0] >= 1:
             raise ValueError(f"log_snr_max={self.log_snr_max} lies below this curve's end; raise it")
 
+    @cached_property
     def _ends(self) -> tuple[float, float]:
         """The curve's own times at t = 0 and t = 1."""
         bounds = torch.tensor([self.log_snr_max, self.log_snr_min], dtype=torch.float64)
@@ -99,76 +102,15 @@ class LinearBeta(Schedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return lambda_t. Shape: any -> same."""
-        first, last = self._ends()
-        u = first + (last - first) * _unit(t)
+        first, last = self._ends
+        u = first + (last - first) * unit(t)
         decay = u * (self.beta_min + u * (self.beta_max - self.beta_min) / 2)
         return -(decay + torch.log(-torch.expm1(-decay))).clamp(-self.log_snr_max, -self.log_snr_min)
 
     def time(self, log_snr: Tensor) -> Tensor:
         """Return the time with this log-SNR. Shape: any -> same."""
-        first, last = self._ends()
+        first, last = self._ends
         return ((self._curve_time(wide(log_snr)) - first) / (last - first)).clamp(0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Discrete(Schedule):
-    """A schedule trained on T indices (DDPM, Stable Diffusion): index i is t = (i + 1) / T, log-SNR linear between.
-
-    t = 0 is log_snr_max, the clean image. Networks trained on indices receive t T - 1.
-
-    Args:
-        alphas_cumprod: alpha^2 of index 0 ... T - 1, strictly decreasing in [0, 1]; a tensor, array or sequence.
-
-    Raises:
-        ValueError: if they do not decrease strictly within the bounds.
-    """
-
-    alphas_cumprod: tuple[float, ...]
-    log_snr_min: float = -20.0
-    log_snr_max: float = 20.0
-    kind: ClassVar[Kind] = "vp"
-    _cache: dict[tuple[torch.device, torch.dtype], Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    def __init__(
-        self, alphas_cumprod: Tensor | Sequence[float], log_snr_min: float = -20.0, log_snr_max: float = 20.0
-    ) -> None:
-        _check_bounds(log_snr_min, log_snr_max)
-        values = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
-        if values.ndim != 1 or not len(values) or not ((values >= 0) & (values <= 1)).all():
-            raise ValueError(f"alphas_cumprod must be a row of values in [0, 1], got shape {tuple(values.shape)}")
-        object.__setattr__(self, "alphas_cumprod", tuple(values.tolist()))
-        object.__setattr__(self, "log_snr_min", log_snr_min)
-        object.__setattr__(self, "log_snr_max", log_snr_max)
-        object.__setattr__(self, "_cache", {})
-        if not (self._nodes(values).diff() < 0).all():
-            raise ValueError(f"alphas_cumprod must decrease strictly within log-SNR [{log_snr_min}, {log_snr_max}]")
-
-    def _nodes(self, like: Tensor) -> Tensor:
-        """log-SNR at t = 0, 1 / T, ..., 1, from float64, kept per device and dtype."""
-        key = (like.device, like.dtype)
-        if key not in self._cache:
-            alphas = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-            nodes = F.pad((alphas.log() - torch.log1p(-alphas)).clamp(self.log_snr_min, self.log_snr_max), (1, 0),
-                          value=self.log_snr_max)
-            self._cache[key] = nodes.to(like)
-        return self._cache[key]
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """Return lambda_t. Shape: any -> same."""
-        t, count = _unit(t), len(self.alphas_cumprod)
-        nodes, position = self._nodes(t), t * count
-        low = position.detach().floor().long().clamp(max=count - 1)
-        return torch.lerp(nodes[low], nodes[low + 1], position - low)
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """Return the time with this log-SNR. Shape: any -> same."""
-        log_snr, count = wide(log_snr), len(self.alphas_cumprod)
-        nodes = self._nodes(log_snr)
-        low = (torch.searchsorted(-nodes, -log_snr.detach()) - 1).clamp(0, count - 1)
-        position = low + (nodes[low] - log_snr) / (nodes[low] - nodes[low + 1])
-        return (position / count).clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -205,7 +147,7 @@ class Karras(Schedule):
     def log_snr(self, t: Tensor) -> Tensor:
         """Return lambda_t. Shape: any -> same."""
         low, span = self._roots()
-        return (-2 * self.rho * torch.log(low + span * _unit(t))).clamp(self.log_snr_min, self.log_snr_max)
+        return (-2 * self.rho * torch.log(low + span * unit(t))).clamp(self.log_snr_min, self.log_snr_max)
 
     def time(self, log_snr: Tensor) -> Tensor:
         """Return the time with this log-SNR. Shape: any -> same."""
@@ -222,7 +164,7 @@ class RectifiedFlow(Schedule):
     kind: ClassVar[Kind] = "flow"
 
     def __post_init__(self) -> None:
-        _check_bounds(self.log_snr_min, self.log_snr_max)
+        check_bounds(self.log_snr_min, self.log_snr_max)
 
     def _ends(self) -> tuple[float, float]:
         """Sigma at t = 0 and alpha at t = 1."""
@@ -230,7 +172,7 @@ class RectifiedFlow(Schedule):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return lambda_t. Shape: any -> same."""
-        t, (first, last) = _unit(t), self._ends()
+        t, (first, last) = unit(t), self._ends()
         span = 1 - first - last
         alpha, sigma = last + span * (1 - t), first + span * t    # each from its own end: neither cancels
         return (2 * (alpha.log() - sigma.log())).clamp(self.log_snr_min, self.log_snr_max)

@@ -1,0 +1,12 @@
+"""Forward-mode differentiation, which fused operations cannot serve: they have no rule for it, or drop the tangent."""
+
+from torch.autograd import forward_ad
+
+
+def forward_mode_is_on() -> bool:
+    """Return whether tensors may be dual (`torch.func.jvp`, `torch.autograd.forward_ad`); operations then run plainly.
+
+    Asked of the level and not of the tensors: `unpack_dual` does not see a tangent inside the wrapper that
+    `torch.func.grad` puts around it, as in a Hessian-vector product. If torch renames this field, the answer is yes.
+    """
+    return bool(getattr(forward_ad, "_current_level", 0) >= 0)
