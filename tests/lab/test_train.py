@@ -241,12 +241,12 @@ def test_second_interrupt_is_at_once() -> None:
 
 def test_only_the_student_is_trained_and_its_embedding_of_w_is(tmp_path: Path) -> None:
     # Broken: the embedding of w stays at zero and the student ignores w (diffusers #6278), or the teacher drifts.
-    teacher = denoiser()
+    (teacher,) = finished(tmp_path / "teacher").state.networks.values()
     before = copy.deepcopy(teacher.state_dict())
     student = with_guidance_input(teacher)
     options = GuideConfig(updates=3, batch_size=8, checkpoint_seconds=0.0)
     method = GuidanceDistillation(teacher, student, teacher.null_cond)
-    Trainer(method, split(), options, updates=3, seed=5, out=tmp_path, device=CPU, bar=False).run()
+    Trainer(method, split(), options, updates=3, seed=5, out=tmp_path / "s", device=CPU, bar=False).run()
     assert_same_bits(before, teacher.state_dict())
     guidance = student.network.conditioning.guidance
     assert guidance is not None

@@ -39,6 +39,7 @@ class Journal:
         self._bar: Progress | None = None
         if silent:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         truncate(self._path, step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here: seconds of import

@@ -82,6 +82,8 @@ class Trainer:
         self.device, self.label, self.console, self.stopping = device, label, console or Console(), stopping
         self._shown = {"bar": bar, "tensorboard": tensorboard}
         self.split = split.to(device)
+        for network in method.networks.values():
+            network.train()
         self.order = Order(len(split), options.batch_size, seed)
         self.state = fresh_state(method, options, updates, device)
         self._loss = _parallel(_Loss(method), device)
@@ -96,25 +98,16 @@ class Trainer:
             TrainingError: the loss is not finite; the last checkpoint is kept.
         """
         self._restore()
-        state, saved = self.state, time.monotonic()
-        silent = not distributed.is_main()
-        with Journal(
-            self.out, self.console, self.label, self.updates, state.step, silent=silent, **self._shown
-        ) as journal:
-            clock, counted = time.monotonic(), state.step
+        state, self._saved, self._logged = self.state, time.monotonic(), (self.state.step, time.monotonic())
+        with self._journal() as journal:
             while state.step < self.updates:
                 self.update()
-                if state.step % self.options.log_every == 0 or state.step == self.updates:
-                    self._check_finite()
-                    done, now = state.step - counted, time.monotonic()
-                    speed = done * self.options.batch_size / max(now - clock, 1e-9)
-                    rate = learning_rate(self.options, state.step - 1, self.updates)
-                    journal.write(state.step, {**state.meter.means(), "lr": rate}, speed)
-                    clock, counted = now, state.step
+                last = state.step == self.updates
+                if last or state.step % self.options.log_every == 0:
+                    self._log(journal)
                 stop = self._asked_to_stop()
-                if stop or state.step == self.updates or self._due(saved):
+                if last or stop or self._due():
                     self._save()
-                    saved = time.monotonic()
                 if stop:
                     raise Interrupted(f"{self.label}: saved after update {state.step} of {self.updates}")
         return state
@@ -192,14 +185,28 @@ class Trainer:
             return False
         return distributed.any_process(self.stopping(), self.device)
 
-    def _due(self, saved: float) -> bool:
+    def _journal(self) -> Journal:
+        silent = not distributed.is_main()
+        return Journal(
+            self.out, self.console, self.label, self.updates, self.state.step, silent=silent, **self._shown
+        )
+
+    def _log(self, journal: Journal) -> None:
+        self._check_finite()
+        (step, then), self._logged = self._logged, (self.state.step, time.monotonic())
+        speed = (self.state.step - step) * self.options.batch_size / max(self._logged[1] - then, 1e-9)
+        rate = learning_rate(self.options, self.state.step - 1, self.updates)
+        journal.write(self.state.step, {**self.state.meter.means(), "lr": rate}, speed)
+
+    def _due(self) -> bool:
         options = self.options
         by_updates = options.checkpoint_updates and self.state.step % options.checkpoint_updates == 0
-        by_time = options.checkpoint_seconds and time.monotonic() - saved >= options.checkpoint_seconds
+        by_time = options.checkpoint_seconds and time.monotonic() - self._saved >= options.checkpoint_seconds
         return bool(by_updates or by_time)
 
     def _save(self) -> None:
         self._check_finite()
+        self._saved = time.monotonic()
         if distributed.is_main():
             meta = {"scaler": self.state.scaler.state_dict(), "updates": self.updates, "seed": self.seed}
             save_checkpoint(self.out / "checkpoints", Checkpoint(self.state.step, dict(tensors_of(self.state)), meta))

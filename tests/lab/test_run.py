@@ -1,0 +1,217 @@
+"""`fewstep run` from the command line to the last student, on a debug-size run."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fewstep.lab.cli import main
+from fewstep.models import load
+from lab_configs import DIGITS
+
+TRAINED = ("classifier", "teacher", "guide", "halve")
+MODELS = ("teacher/model", "guide/model", "halve/steps_4/model", "halve/steps_2/model", "halve/steps_1/model")
+# Small enough that a test can afford several runs; still every stage, several checkpoints in each.
+SHORT = ["stages.classifier.updates=4", "stages.halve.steps=[2,1]", "~stages.evaluate", "~stages.report"]
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    return ["run", str(DIGITS), "preset=debug", f"out={out}", *more]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """Every saved weight file by its path below the run's folder."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.glob("**/model/model.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run with SHORT."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    assert main(arguments(out, *SHORT)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """preset=debug up to the students."""
+    out = tmp_path_factory.mktemp("runs") / "debug"
+    assert main(arguments(out, "--until", "halve")) == 0
+    return out
+
+
+def test_every_stage_leaves_its_models_and_what_they_are_for(debug_run: Path) -> None:
+    # Broken: a model has to be told its own schedule, steps or range of w by whoever loads it.
+    for name in TRAINED:
+        assert (debug_run / name / "DONE").is_file()
+        assert json.loads((debug_run / name / "run.json").read_text())[0]["commit"]
+    trained = [load(debug_run / name).trained for name in MODELS]
+    assert [entry.kind for entry in trained if entry] == ["teacher", "guided", *["deterministic"] * 3]
+    assert [entry.steps for entry in trained if entry] == [None, None, 4, 2, 1]
+    assert [entry.w_range for entry in trained if entry] == [None, *[(0.0, 4.0)] * 4]
+    assert not (debug_run / "evaluate").exists()
+    steps = [json.loads(line)["step"] for line in (debug_run / "halve/steps_1/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 12  # updates_at
+
+
+def test_each_student_starts_from_its_teacher_and_moves(debug_run: Path) -> None:
+    found = weights(debug_run)
+    assert len(set(found.values())) == len(found)
+
+
+def test_running_again_touches_nothing(debug_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in debug_run.glob("*/**/*") if path.is_file()}
+    assert main(arguments(debug_run, "--until", "halve", "tensorboard=true", "stages.guide.log_every=3")) == 0
+    after = {path: path.stat().st_mtime_ns for path in debug_run.glob("*/**/*") if path.is_file()}
+    assert before == after
+    assert capsys.readouterr().out.count("done before") == len(TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.teacher.lr=0.5", "stages.teacher.lr=0.5: "),
+        ("seed=3", "seed=3: "),
+        ("stages.halve.steps=[2,1]", "stages.halve.steps=[2, 1]: "),
+    ],
+)
+def test_changed_config_is_refused_before_anything_is_touched(
+    debug_run: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    before = weights(debug_run)
+    extra = ["~stages.evaluate", "~stages.report"] if "steps" in override else []
+    assert main(arguments(debug_run, override, *extra)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"fewstep: {words}")
+    assert "was made with" in message
+    assert message.count("\n") == 1
+    assert weights(debug_run) == before
+
+
+def test_same_seed_same_bits_other_seed_other_bits(short_run: Path, tmp_path: Path) -> None:
+    assert main(arguments(tmp_path / "again", *SHORT)) == 0
+    assert weights(tmp_path / "again") == weights(short_run)
+    assert main(arguments(tmp_path / "other", *SHORT, "seed=1", "--until", "teacher")) == 0
+    other = weights(tmp_path / "other")
+    assert all(weights(short_run)[name] != content for name, content in other.items())
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fewstep.lab", *arguments(out, *SHORT, *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        (signal.SIGTERM, "teacher/checkpoints/00000010.safetensors"),
+        (signal.SIGINT, "halve/steps_2/checkpoints/00000005.safetensors"),
+    ],
+)
+def test_asked_to_stop_it_saves_exits_cleanly_and_goes_on_to_the_same_weights(
+    short_run: Path, tmp_path: Path, number: signal.Signals, where: str
+) -> None:
+    out = tmp_path / "run"
+    # Each update waits for nothing: a stage is over in moments, so the signal must meet one that has long to go.
+    process = start(out)
+    wait_for(out / where, process)
+    process.send_signal(number)
+    said, complaint = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, (said, complaint)
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in complaint
+    assert main(arguments(out, *SHORT)) == 0
+    assert weights(out) == weights(short_run)
+
+
+@pytest.mark.parametrize("moment", ["teacher/checkpoints", "guide/model", "halve/steps_2/DONE"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_weights(short_run: Path, tmp_path: Path, moment: str) -> None:
+    # Broken: a file half written when the machine went down is taken for a whole one.
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for(out / moment, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert main(arguments(out, *SHORT)) == 0
+    assert weights(out) == weights(short_run)
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(arguments(tmp_path, *SHORT)) == 2
+    assert "another run is at work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["stages.teacher.updats=3"], "did you mean stages.teacher.updates?"),
+        (["stages.halve.steps=[16,6]"], "not reached from 16 by halving"),
+        (["device=cuda:7"], "device=cuda:7"),
+        (["device=gpu"], "device=gpu: must be auto, cpu, cuda or cuda:N"),
+        (["--until", "gude"], "--until gude: no such stage"),
+        (["network.overrides.channel=24"], "channel"),
+        (["network.overrides.image_size=16"], "network.overrides.image_size=16: digits has 8"),
+        (["network.preset=digit"], "network.preset=digit: UNet has debug, digits"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2_before_compute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
+) -> None:
+    assert main(arguments(tmp_path / "run", *more)) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.startswith("fewstep: ")
+    assert message.count("\n") == 1
+    assert not list(tmp_path.glob("run/*/*"))
+
+
+def test_damaged_teacher_is_refused_by_name(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(arguments(out, *SHORT, "--until", "teacher")) == 0
+    path = out / "teacher/model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(arguments(out, *SHORT)) == 2
+    message = capsys.readouterr().err
+    assert "teacher/model" in message
+    assert message.count("\n") == 1
+
+
+def test_smaller_student_and_baseline_at_one_w_are_entries_of_the_same_stages(tmp_path: Path) -> None:
+    # Broken: the README's rows for half the parameters and for the fixed w cannot be made from a config.
+    more = [
+        "+stage@stages.small=guide", "stages.small.needs=[teacher]", "stages.small.updates=3",
+        "stages.small.student.network.overrides.channels=8",
+        "+stage@stages.small_halve=halve", "stages.small_halve.needs=[small]", "stages.small_halve.steps=[1]",
+        "stages.small_halve.updates=3",
+        "+stage@stages.one_w=guide", "stages.one_w.needs=[teacher]", "stages.one_w.w_range=[1,1]",
+        "stages.one_w.updates=3", "stages.teacher.updates=3", "stages.guide.updates=3",
+        "stages.halve.student.network.overrides.blocks=2", "stages.halve.updates=3", "stages.halve.updates_at=null",
+    ]  # fmt: skip
+    assert main(arguments(tmp_path, *SHORT, *more[:-1])) == 0
+
+    def size(name: str) -> int:
+        return sum(weight.numel() for weight in load(tmp_path / name / "model").parameters())
+
+    assert size("small") < 0.5 * size("guide")
+    assert size("small_halve/steps_1") == size("small")
+    assert size("halve/steps_2") == size("halve/steps_1") > size("guide")
+    trained = load(tmp_path / "one_w/model").trained
+    assert trained is not None
+    assert trained.w_range == (1.0, 1.0)
