@@ -38,7 +38,7 @@ def test_undistilled_samplers_get_the_students_nfe(nfe: int, w: float, calls: in
 
 
 def test_paired_error_is_the_known_bias(tmp_path: Path) -> None:
-    """A student that is exact but for a bias of 0.1: its error is 0.1, up to the reference sampler's own and clamping."""
+    """A student that is exact but for a bias of 0.1: its error is 0.1, up to that of the reference and to clamping."""
     made = samples(tmp_path, plan())
     for w in (0.0, 1.0):
         found = pairs.error_to_teacher(made, plan(), plan().student(1, w))

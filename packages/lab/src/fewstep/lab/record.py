@@ -124,6 +124,8 @@ def _plain(value: Any, results_only: bool) -> Any:
         return {f.name: _plain(getattr(value, f.name), results_only) for f in kept}
     if isinstance(value, dict):
         return {key: _plain(item, results_only) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, results_only) for item in value]
     return value
 
 
