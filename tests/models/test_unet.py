@@ -1,0 +1,204 @@
+"""UNet: against diffusers with the same weights, against formulas written out here, and what its users rely on."""
+
+from collections.abc import Iterator
+
+import diffusers
+import pytest
+import torch
+from model_helpers import batch, perturbed, tiny
+from torch.nn import functional as F
+
+from fewstep.models import UNet
+from fewstep.models.unet import Groups, ResBlock, SelfAttention
+
+ATTENTION = {"group_norm": "norm", "to_out.0": "project"}
+RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "film", "norm2": "norm2", "conv2": "conv2",
+            "conv_shortcut": "skip"}  # fmt: skip
+
+
+def block_names(unet: UNet) -> Iterator[tuple[str, str | None, str]]:
+    """(diffusers' residual block, its attention, our block) for every block."""
+    levels, blocks = len(unet.config["channel_mult"]), unet.config["blocks"]
+    sizes = [f"{s}x{s}" for s in (unet.config["image_size"] >> level for level in range(levels))]
+    for level, size in enumerate(sizes):
+        if level:
+            yield f"down_blocks.{level - 1}.downsamplers.0", None, f"encoder.{size}_down"
+        for i in range(blocks):
+            yield f"down_blocks.{level}.resnets.{i}", f"down_blocks.{level}.attentions.{i}", f"encoder.{size}_{i}"
+    for i in range(2):
+        yield f"mid_block.resnets.{i}", f"mid_block.attentions.{i}", f"middle.{sizes[-1]}_{i}"
+    for step, size in enumerate(reversed(sizes)):
+        if step:
+            yield f"up_blocks.{step - 1}.upsamplers.0", None, f"decoder.{size}_up"
+        for i in range(blocks + 1):
+            yield f"up_blocks.{step}.resnets.{i}", f"up_blocks.{step}.attentions.{i}", f"decoder.{size}_{i}"
+
+
+def as_diffusers(unet: UNet) -> dict[str, torch.Tensor]:
+    """The UNet's weights under diffusers' names."""
+    ours = unet.state_dict()
+    pairs = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out",
+             "time_embedding.linear_1": "conditioning.time_in", "time_embedding.linear_2": "conditioning.time_out",
+             "class_embedding": "conditioning.classes"}  # fmt: skip
+    for res, attention, block in block_names(unet):
+        pairs |= {f"{res}.{theirs}": f"{block}.res.{name}" for theirs, name in RESIDUAL.items()}
+        pairs |= {f"{attention}.{theirs}": f"{block}.attention.{name}" for theirs, name in ATTENTION.items()}
+    weights = {
+        f"{theirs}.{kind}": ours[f"{name}.{kind}"]
+        for theirs, name in pairs.items() for kind in ("weight", "bias") if f"{name}.{kind}" in ours
+    }  # fmt: skip
+    for _, attention, block in block_names(unet):
+        for kind in ("weight", "bias"):
+            if f"{block}.attention.qkv.{kind}" in ours:
+                parts = ours[f"{block}.attention.qkv.{kind}"].chunk(3)
+                weights |= {f"{attention}.to_{part}.{kind}": w for part, w in zip("qkv", parts, strict=True)}
+    return {name: w[..., None, None] if "shortcut.weight" in name else w for name, w in weights.items()}
+
+
+def diffusers_twin(unet: UNet) -> diffusers.UNet2DModel:
+    """diffusers' network of the same shape with the same weights; loading is strict, so that none is left out."""
+    c = unet.config
+    attends = [c["image_size"] >> level in c["attention"] for level in range(len(c["channel_mult"]))]
+    twin = diffusers.UNet2DModel(
+        sample_size=c["image_size"], in_channels=c["in_channels"], out_channels=c["out_channels"],
+        block_out_channels=[c["channels"] * m for m in c["channel_mult"]], layers_per_block=c["blocks"],
+        down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
+        up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
+        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        attention_head_dim=c["head_dim"], time_embedding_dim=c["emb_channels"], freq_shift=1, flip_sin_to_cos=False,
+        norm_num_groups=c["groups"], attn_norm_num_groups=c["groups"], num_class_embeds=c["num_classes"] + 1,
+    )  # fmt: skip
+    twin.load_state_dict(as_diffusers(unet))
+    return twin
+
+
+def test_equals_diffusers_with_the_same_weights() -> None:
+    """Any difference in wiring, FiLM, attention, resampling, skips or embeddings from ADM's network would show."""
+    shape = {"image_size": 16, "in_channels": 3, "out_channels": 4, "channels": 32, "channel_mult": (1, 2, 2)}
+    shape |= {"blocks": 2, "attention": (8, 4), "head_dim": 16, "emb_channels": 48, "groups": 8, "num_classes": 5}
+    unet = UNet(**shape)
+    perturbed(unet)
+    unet.double()
+    z, time, y = torch.randn(3, 3, 16, 16).double(), torch.tensor([0.0, 321.5, 1000.0]), torch.tensor([0, 5, 3])
+    with torch.no_grad():
+        theirs = diffusers_twin(unet).double()(z, time, y).sample
+        ours = unet(z, time, y)
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # their sines of 1000 f are float32
+
+
+def expected_norm(x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+    """Group normalisation from its definition."""
+    grouped = x.reshape(x.shape[0], norm.num_groups, -1)
+    mean, var = grouped.mean(-1, keepdim=True), grouped.var(-1, keepdim=True, unbiased=False)
+    normal = ((grouped - mean) / (var + norm.eps).sqrt()).reshape(x.shape)
+    return normal * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def expected_resample(x: torch.Tensor, direction: str) -> torch.Tensor:
+    if direction == "down":
+        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+    return x.repeat_interleave(2, -1).repeat_interleave(2, -2) if direction == "up" else x
+
+
+@pytest.mark.parametrize(("resample", "out_channels"), [("", 12), ("", 8), ("down", 8), ("up", 8)])
+def test_residual_block_formula(resample: str, out_channels: int) -> None:
+    """h = norm(h) (1 + scale) + shift with the scale first, resampling before the first convolution and of the skip."""
+    block = ResBlock(8, out_channels, 6, Groups(32, 4), dropout=0.0, resample=resample).double()
+    perturbed(block, std=0.3)
+    x, emb = torch.randn(2, 8, 4, 4).double().to(memory_format=torch.channels_last), torch.randn(2, 6).double()
+    scale, shift = (emb @ block.film.weight.T + block.film.bias)[..., None, None].chunk(2, dim=1)
+    h = F.conv2d(expected_resample(silu(expected_norm(x, block.norm1)), resample), block.conv1.weight,
+                 block.conv1.bias, padding=1)  # fmt: skip
+    h = F.conv2d(silu(expected_norm(h, block.norm2) * (1 + scale) + shift), block.conv2.weight, block.conv2.bias,
+                 padding=1)  # fmt: skip
+    skip = expected_resample(x, resample)
+    if out_channels != 8:
+        skip = torch.einsum("oc,bchw->bohw", block.skip.weight, skip) + block.skip.bias[:, None, None]
+    torch.testing.assert_close(block(x, emb), skip + h)
+
+
+def test_attention_formula() -> None:
+    """Softmax over pixels with scores scaled by the root of the head's width, heads from consecutive channels."""
+    block = SelfAttention(12, 3, Groups(32, 4)).double()
+    perturbed(block, std=0.3)
+    x = torch.randn(2, 12, 3, 5).double().to(memory_format=torch.channels_last)
+    h = expected_norm(x, block.norm)
+    q, k, v = torch.einsum("oc,bchw->bohw", block.qkv.weight, h).add(block.qkv.bias[:, None, None]).flatten(2).chunk(3, 1)
+    out = torch.cat([
+        torch.einsum("bcm,blm->bcl", v_h, torch.softmax(torch.einsum("bcl,bcm->blm", q_h, k_h) / 2, -1))
+        for q_h, k_h, v_h in zip(q.split(4, 1), k.split(4, 1), v.split(4, 1), strict=True)
+    ], dim=1)  # fmt: skip
+    out = torch.einsum("oc,bcl->bol", block.project.weight, out) + block.project.bias[:, None]
+    torch.testing.assert_close(block(x), x + out.unflatten(2, (3, 5)))
+
+
+def test_starts_at_zero_and_at_the_identity() -> None:
+    """Without zero initialisation of conv2, the projection and the last convolution training starts from noise."""
+    unet = UNet.from_preset("debug")
+    z, t, y = batch()
+    assert torch.equal(unet(z, 1000 * t, y), torch.zeros_like(z))
+    block = ResBlock(16, 16, 8, Groups(32, 4), dropout=0.0)
+    x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
+    assert torch.equal(block(x, torch.randn(2, 8)), x)
+    assert torch.equal(SelfAttention(16, 2, Groups(32, 4))(x), x)
+
+
+def test_dropout_only_in_training() -> None:
+    """A teacher that still drops units while it gives targets would make them noisy."""
+    unet = tiny("UNet", dropout=0.5)
+    z, t, y = batch()
+    with torch.no_grad():
+        quiet = unet(z, t, y)
+        assert torch.equal(quiet, unet(z, t, y))
+        assert torch.equal(quiet, tiny("UNet")(z, t, y))
+        assert not torch.allclose(quiet, unet.train()(z, t, y), atol=1e-3)
+
+
+def test_convolutions_see_channels_last() -> None:
+    """A convolution fed contiguous NCHW tensors is copied back and forth: half as fast on a CPU."""
+    unet = tiny("UNet", channels=16, patch=1)
+    layouts: dict[str, bool] = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: layouts.update({name: args[0].is_contiguous(memory_format=torch.channels_last)})
+            )
+    z, t, y = batch()
+    output = unet(z, t, y)
+    assert len(layouts) > 10
+    assert [name for name, ok in layouts.items() if not ok] == []
+    assert output.is_contiguous()
+
+
+def test_patch_is_a_reshaped_image() -> None:
+    """With patch 2 the network must be the one on half the side with four times the channels, pixel for pixel."""
+    unet = tiny("UNet", patch=2, attention=())
+    inner = UNet(**{k: v for k, v in unet.config.items() if k not in ("type", "guidance")}
+                 | {"patch": 1, "image_size": 4, "in_channels": 4, "out_channels": 4})  # fmt: skip
+    inner.load_state_dict(unet.state_dict())
+    z, t, y = batch()
+    cells = z.reshape(3, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).reshape(3, 4, 4, 4)
+    expected = inner.eval()(cells, t, y).reshape(3, 2, 2, 4, 4).permute(0, 3, 1, 4, 2).reshape(3, 1, 8, 8)
+    torch.testing.assert_close(unet(z, t, y), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attention": (5,)}, r"attention=\[5\].*the levels are \[8, 4\]"),
+        ({"image_size": 9}, "9 positions per side cannot be halved"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"heads": 3}, "heads=3"),
+        ({"patch": 3}, "patch=3 does not divide image_size=8"),
+    ],
+)
+def test_sizes_that_do_not_fit(wrong: dict[str, object], message: str) -> None:
+    """Otherwise they surface as a shape error deep inside the first forward pass, or as a network without attention."""
+    with pytest.raises(ValueError, match=message):
+        UNet.from_preset("debug", **wrong)
