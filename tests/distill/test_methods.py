@@ -358,7 +358,7 @@ BAD = [
     (lambda: ProgressiveDistillation(Student(), Student().requires_grad_(False), 4), "requires_grad_"),
     (lambda: ProgressiveDistillation(Student(), Student(), 0), "steps = 0"),
     (lambda: ProgressiveDistillation(distilled(kind="deterministic", steps=8), Student(), 8), "8 steps.* one of 16"),
-    (lambda: ProgressiveDistillation(distilled(kind="guided", w_range=(0, 4)), Student(), 8, (0, 6)), "w_range = .0.0, 6"),
+    (lambda: ProgressiveDistillation(distilled(kind="guided", w_range=(0, 4)), Student(), 8, (0, 6)), "w_range = .*6"),
     (lambda: DenoiserTraining(Student(), NULL, cond_drop=1.5), "cond_drop = 1.5"),
     (lambda: DenoiserTraining(Student(), NULL, weight="x"), "weight='x'"),
 ]
