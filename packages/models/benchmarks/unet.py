@@ -20,6 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewstep.models import PRESETS, UNet
 
@@ -28,11 +29,12 @@ def diffusers_twin(unet: UNet) -> nn.Module:
     """diffusers' network of the same shape: BigGAN up and down blocks, FiLM, attention at the same levels."""
     c = unet.config
     levels = len(c["channel_mult"])
-    attends = [c["image_size"] >> level in c["attention"] for level in range(levels)]
+    side = c["image_size"] // c["patch"]
+    attends = [side >> level in c["attention"] for level in range(levels)]
     return diffusers.UNet2DModel(
-        sample_size=c["image_size"],
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
+        sample_size=side,
+        in_channels=c["in_channels"] * c["patch"] ** 2,
+        out_channels=c["out_channels"] * c["patch"] ** 2,
         block_out_channels=[c["channels"] * mult for mult in c["channel_mult"]],
         layers_per_block=c["blocks"],
         down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
@@ -83,10 +85,11 @@ def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, obj
         raise SystemExit(f"the two networks differ in parameters: {parameters}")
     z = torch.randn(batch, *unet.input_shape, device=device).to(memory_format=torch.channels_last)
     t = torch.linspace(0, 999, batch, device=device)
+    patch = unet.config["patch"]
     y = None if unet.num_classes is None else torch.arange(batch, device=device) % unet.num_classes
     with torch.inference_mode():
         seconds = interleaved(
-            {"fewstep": lambda: networks["fewstep"](z, t, y), "diffusers": lambda: networks["diffusers"](z, t, y).sample},
+            {"fewstep": lambda: unet(z, t, y), "diffusers": lambda: twin(F.pixel_unshuffle(z, patch), t, y).sample},
             repeats,
         )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -94,7 +97,7 @@ def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, obj
         "preset": preset, "batch": batch, "repeats": repeats, "parameters": parameters,
         "median_seconds": medians, "seconds": seconds, "ratio": medians["fewstep"] / medians["diffusers"],
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(), "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
     }  # fmt: skip
 
 

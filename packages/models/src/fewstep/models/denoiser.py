@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.network import Network
-from fewstep.schedules import Cond, Denoiser, Discrete, Prediction, Raw, Schedule, Trained, expand, guide
-from fewstep.schedules import guided_outputs, to_x
+from fewstep.schedules import (
+    Cond,
+    Denoiser,
+    Discrete,
+    Prediction,
+    Raw,
+    Schedule,
+    Trained,
+    expand,
+    guide,
+    guided_outputs,
+    to_x,
+)
 
 TIME_INPUTS = ("angle", "index")
 
@@ -50,7 +61,7 @@ class NetworkDenoiser(nn.Module):
         if time_input not in TIME_INPUTS:
             raise ValueError(f"time_input {time_input!r} is unknown: use one of {', '.join(TIME_INPUTS)}")
         if time_input == "index" and not isinstance(schedule, Discrete):
-            raise ValueError(f"time_input 'index' needs a Discrete schedule, not {type(schedule).__name__}: use 'angle'")
+            raise ValueError(f"time_input 'index' needs a Discrete schedule, not {type(schedule).__name__}")
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.time_input, self.trained = time_input, trained
 
@@ -117,7 +128,7 @@ class GuidedDenoiser(nn.Module):
         self.denoiser: Any = denoiser
         self.schedule: Schedule = denoiser.schedule
         self._null_keys = sorted(null_cond) if isinstance(null_cond, Mapping) else None
-        for key, value in (null_cond.items() if isinstance(null_cond, Mapping) else [("", null_cond)]):
+        for key, value in null_cond.items() if isinstance(null_cond, Mapping) else [("", null_cond)]:
             self.register_buffer(f"null_{key}", value, persistent=False)  # so that .to(device) takes them along
 
     @property
@@ -158,7 +169,9 @@ class GuidedDenoiser(nn.Module):
         return Raw(*guided_outputs(evaluate, z, t, cond, self.null_cond), kind[0])
 
     def forward(self, z: Tensor, t: Tensor, cond: Cond = None, w: Tensor | float | None = None) -> Tensor:
-        """The guided estimate of x, float32 or wider. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+        """The guided estimate of x, float32 or wider.
+
+        w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
 
         Shape: z (B, ...), t (B,), cond leaves (B, ...), w None, float or (B,) -> (B, ...).
         """

@@ -89,9 +89,9 @@ class DiT(Network):
                 "num_classes": num_classes,
             }
         )  # fmt: skip
-        if image_size % patch:
+        if patch < 1 or image_size % patch:
             raise ValueError(f"patch={patch} does not divide image_size={image_size}")
-        if width % 4 or width % heads:
+        if heads < 1 or width % 4 or width % heads:
             raise ValueError(f"width={width} must be a multiple of 4 and of heads={heads}")
         self.patch, self.grid = patch, image_size // patch
         self.conditioning = Conditioning(TIME_FEATURES, width, num_classes)
@@ -106,10 +106,11 @@ class DiT(Network):
 
     def _initialise(self) -> None:
         """Xavier for the layers that do not start at zero, as the paper's code has it."""
-        inner = [layer for b in self.blocks for layer in (b.qkv, b.project, b.mlp_in, b.mlp_out)]
-        for linear in (self.patch_in, *inner):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        starting_at_zero = {self.patch_out, self.modulation_out, *(b.modulation for b in self.blocks)}
+        for module in (self.patch_in, *self.blocks.modules()):
+            if isinstance(module, nn.Linear) and module not in starting_at_zero:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def forward(self, z: Tensor, time: Tensor, cond: object = None, w: Tensor | float | None = None) -> Tensor:
         """The network's prediction for noisy images. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).

@@ -101,9 +101,10 @@ class GuidanceEmbedding(nn.Module):
         w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). Shape: target (B, E), w (B,) -> (B, E).
         """
         features = self.features(w).to(self.project.weight.dtype)
-        if self.form == "diffusers":
-            return target + self.project(features)
-        return target + self.project(F.silu(self.weight(features) + self.context(target)))
+        if self.form == "normalized":
+            features = F.silu(self.weight(features) + self.context(target))
+        added: Tensor = self.project(features)
+        return target + added
 
 
 class Conditioning(nn.Module):

@@ -54,7 +54,9 @@ def class_labels(cond: object, time: Tensor, num_classes: int | None) -> Tensor 
         low, high = (int(end) for end in labels.aminmax())
         if low < 0 or high > num_classes:
             wrong = low if low < 0 else high
-            raise ValueError(f"class index {wrong} is out of range: labels are 0 to {num_classes - 1}, null {num_classes}")
+            raise ValueError(
+                f"class index {wrong} is out of range: classes are 0 to {num_classes - 1}, null {num_classes}"
+            )
     return labels
 
 

@@ -93,12 +93,12 @@ def build_network(config: Mapping[str, Any]) -> Network:
     arguments = dict(config)
     kind = arguments.pop("type", None)
     if kind not in Network.TYPES:
-        raise ValueError(f"network type {kind!r} is unknown: use one of {', '.join(Network.TYPES)}")
-    known = {name: p for name, p in inspect.signature(Network.TYPES[kind]).parameters.items()}
-    unknown = sorted(set(arguments) - set(known))
-    missing = [n for n, p in known.items() if p.default is inspect.Parameter.empty and n not in arguments]
-    if unknown or missing:
-        raise ValueError(f"{kind} config: unknown keys {unknown}, missing {missing}; its keys are {', '.join(known)}")
+        raise ValueError(f"network type {kind!r} is unknown: use one of {', '.join(sorted(Network.TYPES))}")
+    known = inspect.signature(Network.TYPES[kind]).parameters
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in arguments]
+    for what, keys in (("unknown", sorted(arguments.keys() - known)), ("missing", missing)):
+        if keys:
+            raise ValueError(f"{kind} config: {what} keys {keys}; its keys are {', '.join(known)}")
     return Network.TYPES[kind](**arguments)
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,11 +73,11 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ne
         denoiser = NetworkDenoiser(
             network, schedule, config["prediction"], time_input=config["time_input"], trained=trained
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path / CONFIG} does not describe a denoiser: {error}") from None
     _check_tensors(path, network, tensors)
     network.load_state_dict(tensors, assign=True)
-    return denoiser.to(device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # see UNet
+    return denoiser.to(device).to(memory_format=torch.channels_last).eval()
 
 
 def _settings(denoiser: NetworkDenoiser, weights: bytes) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} is missing: load needs the folder that save wrote ({WEIGHTS}, {CONFIG})") from None
+        raise FileNotFoundError(f"{path} is missing: load takes a folder with {WEIGHTS} and {CONFIG}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -141,7 +140,8 @@ def _check_tensors(path: Path, network: Network, tensors: dict[str, Tensor]) -> 
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [f"{n} {found[n]} instead of {expected[n]}" for n in sorted(expected) if found.get(n, expected[n]) != expected[n]]
+    both = sorted(expected.keys() & found.keys())
+    shapes = [f"{name} {found[name]} instead of {expected[name]}" for name in both if found[name] != expected[name]]
     problems = [
         f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", shapes))

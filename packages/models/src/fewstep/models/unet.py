@@ -65,7 +65,8 @@ class ResBlock(nn.Module):
         h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
         if self.skip is not None:  # a 1x1 convolution; as a matrix product it needs no other layout
             x = self.skip(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return h.add_(x)  # no gradient needs the convolution's output, and a large one is costly to allocate
+        out: Tensor = h.add_(x)  # no gradient needs the convolution's output, and a large one is costly to allocate
+        return out
 
 
 class SelfAttention(nn.Module):
@@ -80,9 +81,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: (B, C, H, W) -> (B, C, H, W). Tokens are a view of channels_last: nothing is copied."""
-        h = attention_qkv(self.qkv(_tokens(self.norm(x, act=None))), self.heads)
-        h = self.project(h).add_(_tokens(x))
-        return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h: Tensor = self.project(attention_qkv(self.qkv(_tokens(self.norm(x, act=None))), self.heads))
+        return h.add_(_tokens(x)).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -175,7 +175,7 @@ class UNet(Network):
         self.norm_out = self._groups.norm(channels)
         self.conv_out = zeroed(nn.Conv2d(channels, out_channels * patch**2, 3, padding=1))
         self._guidance_from_config(guidance)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this overload
+        self.to(memory_format=torch.channels_last)
 
     def _block(self, channels: int, out_channels: int, attention: bool, resample: str = "") -> Block:
         c = self.config
@@ -243,7 +243,7 @@ class UNet(Network):
 def _level_sizes(image_size: int, levels: int, attention: Sequence[int]) -> list[int]:
     """The resolution of each level."""
     if levels < 1 or image_size % 2 ** (levels - 1):
-        raise ValueError(f"{image_size} positions per side cannot be halved for {levels} levels: make image_size / patch a multiple of 2^(levels-1)")
+        raise ValueError(f"{image_size} positions per side do not halve for {levels} levels: use fewer")
     sizes = [image_size >> level for level in range(levels)]
     unknown = [size for size in attention if size not in sizes]
     if unknown:
