@@ -77,7 +77,7 @@ def test_ddim_moves_along_the_line_of_x_and_eps(schedule: Schedule, times: tuple
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ddim_equals_its_other_printed_form(schedule: Schedule) -> None:
-    """arXiv 2202.00512 eq. 8, z_s = alpha_s x + sigma_s (z_t - alpha_t x) / sigma_t, for an x that fits no noise."""
+    """arXiv 2202.00512 eq. 7, z_s = alpha_s x + sigma_s (z_t - alpha_t x) / sigma_t, for an x that fits no noise."""
     z, x = drawn(2)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = columns(schedule, T), columns(schedule, S)
     expected = alpha_s * x + sigma_s * (z - alpha_t * x) / sigma_t
@@ -194,7 +194,7 @@ def test_half_precision_outputs_are_used_in_float32() -> None:
 
 def test_gradients_and_tangents() -> None:
     """Targets and losses differentiate through it: both modes, every tensor input."""
-    z, cond, uncond, noise = (v[:2].requires_grad_() for v in drawn(4))
+    z, cond, uncond, noise = (v[:2, :1, :1].clone().requires_grad_() for v in drawn(4))
     w = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     t, s = T[1:3], S[1:3]
 

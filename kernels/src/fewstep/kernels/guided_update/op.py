@@ -20,7 +20,7 @@ def guided_update(
     """Return z_s from z_t and a network's raw outputs, or with s=None the guided (and clipped) estimate of x.
 
     Kinds:
-        "ddim": z_s = alpha_s x + sigma_s (z_t - alpha_t x) / sigma_t (arXiv 2202.00512, eq. 8).
+        "ddim": z_s = alpha_s x + sigma_s (z_t - alpha_t x) / sigma_t (arXiv 2202.00512, eq. 7).
         "renoise": one step of the stochastic sampler of arXiv 2210.03142: by DDIM to a time k < s, then forward
             noise from k to s: z_s = (alpha_s / alpha_k) z_k + sigma_{s|k} noise. k is `jump`; by default as far
             beyond s as s is from t, max(2 s - t, 0). At s = k = 0 it is the DDIM step.
@@ -31,7 +31,7 @@ def guided_update(
             of x itself, pass Raw(x, None, "x").
         z: (B, ...) at times t.
         t, s: (B,) or () in [0, 1], s <= t except for "ddim", which also goes back (encoding).
-        schedule: gives `log_snr` and `alpha_sigma`.
+        schedule: gives `alpha_sigma(t)`.
         w: None, a float or (B,). w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). Not used where
             uncond_output is None: then w, if any, is already inside.
         kind: see above.

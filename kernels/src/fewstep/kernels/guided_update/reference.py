@@ -1,6 +1,6 @@
 """Guidance, conversion to x and one sampler update, in plain PyTorch.
 
-Every update is linear, z_s = a z_t + b x + c noise, with per-sample a, b, c that never subtract nearly equal numbers.
+Every update is linear, z_s = a z_t + b x + c noise, with per-sample a, b and c.
 """
 
 from typing import Protocol
@@ -29,9 +29,6 @@ class RawLike(Protocol):
 
 class ScheduleLike(Protocol):
     """What is needed of a `fewstep.schedules.Schedule`."""
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """(B,) -> (B,)."""
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) -> (B,), (B,)."""
@@ -67,11 +64,20 @@ def estimate(raw: RawLike, z: Tensor, t: Tensor, schedule: ScheduleLike, w: Tens
     return (z - sigma * output) / (alpha + sigma)
 
 
+def _snr_ratio(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return e^{lambda_t - lambda_s} and 1 - e^{lambda_t - lambda_s}, s <= t.
+
+    alpha and sigma carry more digits of this ratio than float32 log-SNRs of size 20 and their difference.
+    """
+    root = (alpha_t * sigma_s) / (sigma_t * alpha_s)
+    return root.square(), ((1 - root) * (1 + root)).clamp(min=0.0)
+
+
 def ddim(t: Tensor, s: Tensor, schedule: ScheduleLike) -> tuple[Tensor, Tensor]:
-    """Coefficients of the deterministic step (arXiv 2202.00512, eq. 8)."""
-    (_, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-    half = (schedule.log_snr(t) - schedule.log_snr(s)) / 2
-    return sigma_s / sigma_t, -alpha_s * torch.expm1(half)
+    """Coefficients of the deterministic step (arXiv 2202.00512, eq. 7)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    ratio = sigma_s / sigma_t
+    return ratio, alpha_s - ratio * alpha_t
 
 
 def renoise(t: Tensor, s: Tensor, schedule: ScheduleLike, jump: Tensor | None
@@ -79,18 +85,17 @@ def renoise(t: Tensor, s: Tensor, schedule: ScheduleLike, jump: Tensor | None
     """Coefficients of a deterministic jump beyond s, then noise back to s (arXiv 2210.03142, section 3.3)."""
     k = (2 * s - t).clamp(min=0.0) if jump is None else jump
     from_z, from_x = ddim(t, k, schedule)
-    (alpha_k, _), (alpha_s, sigma_s) = schedule.alpha_sigma(k), schedule.alpha_sigma(s)
+    (alpha_k, sigma_k), (alpha_s, sigma_s) = schedule.alpha_sigma(k), schedule.alpha_sigma(s)
+    _, added = _snr_ratio(alpha_s, sigma_s, alpha_k, sigma_k)
     ratio = alpha_s / alpha_k
-    added = -torch.expm1((schedule.log_snr(s) - schedule.log_snr(k)).clamp(max=0.0))
     return ratio * from_z, ratio * from_x, sigma_s * added.sqrt()
 
 
 def posterior(t: Tensor, s: Tensor, schedule: ScheduleLike) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of a draw from q(z_s | z_t, x) (arXiv 2202.00512, eq. 3)."""
-    (alpha_t, _), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
-    delta = schedule.log_snr(t) - schedule.log_snr(s)
-    rest = -torch.expm1(delta)
-    return delta.exp() * alpha_s / alpha_t, rest * alpha_s, sigma_s * rest.sqrt()
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    ratio, rest = _snr_ratio(alpha_t, sigma_t, alpha_s, sigma_s)
+    return ratio * alpha_s / alpha_t, rest * alpha_s, sigma_s * rest.sqrt()
 
 
 @register("guided_update", "reference")

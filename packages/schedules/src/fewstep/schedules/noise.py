@@ -27,14 +27,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     """Return the four output words of Philox4x32-10. All tensors int64 holding unsigned 32-bit words, broadcastable."""
     c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)  # type: ignore[no-untyped-call]  # torch's
     even, odd, keys = torch.stack([c0, c2]), torch.stack([c1, c3]), torch.stack([k0, k1])
-    multiplier, weyl = (
-        even.new_tensor(pair).reshape(2, *[1] * c0.ndim) for pair in (_MULTIPLIERS, _WEYL)
-    )
-    for _ in range(10):
-        product = even * multiplier                               # modulo 2^64: overflow wraps, bits are right
-        even = (product >> 32).bitwise_and_(_MASK).flip(0).bitwise_xor_(odd).bitwise_xor_(keys)
-        odd = product.bitwise_and_(_MASK).flip(0)
-        keys = (keys + weyl).bitwise_and_(_MASK)
+    multiplier, weyl = (even.new_tensor(pair).reshape(2, *[1] * c0.ndim) for pair in (_MULTIPLIERS, _WEYL))
+    for i in range(10):
+        product = (even * multiplier).flip(0)                     # modulo 2^64: overflow wraps, bits are right
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(keys + i * weyl).bitwise_and_(_MASK)
+        odd = product                                             # its upper half is masked away with even's
+    odd = odd & _MASK
     return even[0], odd[0], even[1], odd[1]
 
 

@@ -83,18 +83,18 @@ class Schedule(ABC):
 
         Shape: (B,), (B,) -> (B,), (B,). sigma_{t|s}^2 = (1 - e^{lambda_t - lambda_s}) sigma_t^2, by expm1.
         """
-        alpha_t, sigma_t = self.alpha_sigma(t)
-        alpha_s, _ = self.alpha_sigma(s)
-        return alpha_t / alpha_s, sigma_t * torch.sqrt(-torch.expm1(self.log_snr(t) - self.log_snr(s)))
+        log_snr_t, log_snr_s = self.log_snr(t), self.log_snr(s)
+        (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma_of(log_snr_t, self.kind), alpha_sigma_of(log_snr_s, self.kind)
+        return alpha_t / alpha_s, sigma_t * torch.sqrt(-torch.expm1(log_snr_t - log_snr_s))
 
     def posterior(self, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of q(z_s | z_t, x), s <= t (arXiv 2202.00512, eq. 3).
 
         Shape: z_t, x (B, ...), t, s (B,) -> mean (B, ...), std (B, 1, ..., 1), float32 or wider.
         """
-        alpha_t, _ = self.alpha_sigma(t)
-        alpha_s, sigma_s = self.alpha_sigma(s)
-        delta = self.log_snr(t) - self.log_snr(s)
+        log_snr_t, log_snr_s = self.log_snr(t), self.log_snr(s)
+        (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma_of(log_snr_t, self.kind), alpha_sigma_of(log_snr_s, self.kind)
+        delta = log_snr_t - log_snr_s
         rest = -torch.expm1(delta)                                # 1 - e^{lambda_t - lambda_s}, without cancellation
         mean = expand(torch.exp(delta) * alpha_s / alpha_t, z_t) * z_t + expand(rest * alpha_s, z_t) * x
         return mean, expand(sigma_s * rest.sqrt(), z_t)
