@@ -16,7 +16,7 @@ help:         ## list the targets
 setup: $(SYNCED)    ## create .venv with every distribution installed editable
 quickstart: setup   ## train, distil, evaluate and report on the bundled digits
 	$(BIN)/fewstep run experiments/digits
-	@echo "Report: $$(ls $(CURDIR)/runs/digits/report/*.html)"
+	@echo "Report: $(CURDIR)/runs/digits/report/index.html"
 test: lint          ## lint, then every test
 	$(PYTEST)
 test-fast: setup    ## the tests that are neither slow nor packaging
