@@ -31,8 +31,8 @@ def caption(results: dict[str, Any]) -> str:
         f"*Error*: RMSE to the guided teacher's {reference} from the same {settings['paired_noises']:,} noises, images "
         "in [-1, 1]; in brackets, its ratio to that of the better of DDIM and DPM-Solver++(2M) on the teacher at equal "
         f"NFE. *FID*: {settings['num_samples']:,} samples against the {data['heldout']:,} held-out images, in features "
-        "of the digit classifier that the experiment trains (**not Inception**). *Speed-up*: over the guided teacher in "
-        f"the first row. Run `{results['experiment']}`, seed {made['seed']}, commit `{str(made['commit'])[:10]}`, "
+        "of the digit classifier that the experiment trains (**not Inception**). *Speed-up*: over the guided teacher "
+        f"in the first row. Run `{results['experiment']}`, seed {made['seed']}, commit `{str(made['commit'])[:10]}`, "
         f"torch {made['torch']}, {hardware}.\n"
     )
 
