@@ -1,6 +1,7 @@
 import pytest
-from fewstep.lab.config import Config
 from lab_configs import digits
+
+from fewstep.lab.config import Config
 
 
 @pytest.fixture(scope="session")

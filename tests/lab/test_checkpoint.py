@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fewstep.lab import checkpoint as module
-from fewstep.lab.checkpoint import Checkpoint, CheckpointError, checkpoints, load_checkpoint, load_latest, save_checkpoint
+from fewstep.lab.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
 
 
 def example(step: int) -> Checkpoint:

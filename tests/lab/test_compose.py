@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from lab_configs import altered
+
 from fewstep.lab.compose import compose
 from fewstep.lab.config import Config, ConfigError
 from fewstep.lab.validate import stage_order, validate
-from lab_configs import altered
 
 DIGITS = Path(__file__).parents[2] / "experiments" / "digits"
 

@@ -1,6 +1,7 @@
 """Digits, their split, and the order of training."""
 
 import torch
+
 from fewstep.lab.config import DataConfig
 from fewstep.lab.data import Order, load_data
 

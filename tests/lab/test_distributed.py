@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_configs import DIGITS
+
 from fewstep.lab.cli import main
 from fewstep.models import load
-from lab_configs import DIGITS
 
 # No evaluation, and a teacher and a guide of a few updates: what is shared between processes is the training.
 SHORT = [

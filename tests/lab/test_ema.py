@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from fewstep.lab.ema import Ema, max_decay
 from torch import nn
+
+from fewstep.lab.ema import Ema, max_decay
 
 
 def test_average_is_the_recursion_of_the_formula() -> None:

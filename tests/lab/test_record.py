@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from lab_configs import altered
+
 from fewstep.lab import record
 from fewstep.lab.config import Config, ConfigError
-from lab_configs import altered
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lab_configs import DIGITS
+
 from fewstep.lab.cli import main
 from fewstep.models import load
-from lab_configs import DIGITS
 
 TRAINED = ("classifier", "teacher", "guide", "halve")
 MODELS = ("teacher/model", "guide/model", "halve/steps_4/model", "halve/steps_2/model", "halve/steps_1/model")
@@ -84,8 +85,7 @@ def test_changed_config_is_refused_before_anything_is_touched(
     debug_run: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
 ) -> None:
     before = weights(debug_run)
-    extra = ["~stages.evaluate", "~stages.report"] if "steps" in override else []
-    assert main(arguments(debug_run, override, *extra)) == 2
+    assert main(arguments(debug_run, override, "~stages.evaluate", "~stages.report")) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"fewstep: {words}")
     assert "was made with" in message
@@ -115,38 +115,24 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    ("number", "where"),
-    [
+def test_stopped_and_killed_again_and_again_it_ends_in_the_same_weights(short_run: Path, tmp_path: Path) -> None:
+    # Broken: preemption, Ctrl-C or a crash costs more than the work since the last checkpoint, or changes the result.
+    out = tmp_path / "run"
+    for number, moment in (
+        (signal.SIGKILL, "classifier/run.json"),
         (signal.SIGTERM, "teacher/checkpoints/00000010.safetensors"),
+        (signal.SIGKILL, "guide/model"),
         (signal.SIGINT, "halve/steps_2/checkpoints/00000005.safetensors"),
-    ],
-)
-def test_asked_to_stop_it_saves_exits_cleanly_and_goes_on_to_the_same_weights(
-    short_run: Path, tmp_path: Path, number: signal.Signals, where: str
-) -> None:
-    out = tmp_path / "run"
-    # Each update waits for nothing: a stage is over in moments, so the signal must meet one that has long to go.
-    process = start(out)
-    wait_for(out / where, process)
-    process.send_signal(number)
-    said, complaint = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, (said, complaint)
-    assert "the same command goes on from there" in said
-    assert "Traceback" not in complaint
-    assert main(arguments(out, *SHORT)) == 0
-    assert weights(out) == weights(short_run)
-
-
-@pytest.mark.parametrize("moment", ["teacher/checkpoints", "guide/model", "halve/steps_2/DONE"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_weights(short_run: Path, tmp_path: Path, moment: str) -> None:
-    # Broken: a file half written when the machine went down is taken for a whole one.
-    out = tmp_path / "run"
-    process = start(out)
-    wait_for(out / moment, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    ):
+        process = start(out)
+        wait_for(out / moment, process)
+        process.send_signal(number)
+        said, complaint = process.communicate(timeout=240)
+        if number != signal.SIGKILL:
+            assert process.returncode == 128 + number, (said, complaint)
+            assert "the same command goes on from there" in said
+            assert "Traceback" not in complaint
+    assert not (out / "halve" / "DONE").exists()
     assert main(arguments(out, *SHORT)) == 0
     assert weights(out) == weights(short_run)
 
@@ -182,7 +168,7 @@ def test_mistakes_are_one_line_and_exit_code_2_before_compute(
     assert not list(tmp_path.glob("run/*/*"))
 
 
-def test_damaged_teacher_is_refused_by_name(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_teacher_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(arguments(out, *SHORT, "--until", "teacher")) == 0
     path = out / "teacher/model/model.safetensors"

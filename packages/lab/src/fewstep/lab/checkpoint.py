@@ -71,7 +71,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             header = json.loads((file.metadata() or {})["fewstep"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint of fewstep ({_reason(error)}); no pickle is read") from error
+        reason = f"not a whole checkpoint of fewstep ({_reason(error)}); no pickle is read"
+        raise CheckpointError(f"{path}: {reason}") from error
     if header["format"] != FORMAT:
         raise CheckpointError(f"{path}: checkpoint format {header['format']}; this version reads {FORMAT}")
     if header["digest"] != _digest(tensors):
@@ -124,7 +125,7 @@ def _bytes(tensors: dict[str, Tensor]) -> Iterator[Any]:
     for name in sorted(tensors):
         tensor = tensors[name]
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
 def _reason(error: Exception) -> str:

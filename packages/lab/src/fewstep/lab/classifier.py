@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.distill import Batch
 from fewstep.lab.checkpoint import replace_durably, write_text
 from fewstep.lab.config import ConfigError
-from fewstep.schedules import seeded_noise, seeded_uniform
+from fewstep.schedules import Cond, seeded_noise, seeded_uniform
 
 FORMAT = 1
 # Streams of the seeded draws: augmentation by noise and by shifts must not share their bits.
@@ -37,6 +37,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(2 * width, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits."""
         features = self.body(images)
         return features, self.head(features)
 
@@ -61,7 +62,7 @@ class ClassifierTraining:
         """The only optimiser."""
         return "classifier"
 
-    def draw(self, x: Tensor, cond: Tensor, seeds: Tensor, step: int) -> Batch:
+    def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """Augmented images as z; all times are 0."""
         shifts = seeded_uniform(seeds, (2,), stream=SHIFT).mul(2 * self._max_shift + 1).long() - self._max_shift
         z = shift(x, shifts) + self._noise * seeded_noise(seeds, x.shape[1:], stream=NOISE)

@@ -76,7 +76,7 @@ def _open_key(override: str) -> str:
 def _missing(error: MissingConfigException) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     if not error.options:
-        return f"config.yaml: there is no {error.missing_cfg_file}"
+        return f"config.yaml: there is no {choice}"
     return f"{group}={choice}: no such choice; known: {', '.join(error.options)}"
 
 
@@ -120,8 +120,8 @@ def _suggestion(key: str, parent: Any) -> str:
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:
     if not isinstance(node, DictConfig) or node._is_none():
         return
-    for name in node:
-        if name == "hydra":
-            continue
-        yield prefix + str(name)
-        yield from _paths(node._get_node(name), f"{prefix}{name}.")
+    for key in node:
+        path = prefix + str(key)
+        if path != "hydra":
+            yield path
+            yield from _paths(node._get_node(key), f"{path}.")

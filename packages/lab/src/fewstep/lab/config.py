@@ -88,8 +88,8 @@ class TrainingConfig(StageConfig):
 class ClassifierConfig(TrainingConfig):
     """The judge: a small CNN trained on the training split; its features measure FID, IS, KID, precision and recall.
 
-    width: channels of its first layer; its features are twice as many. max_shift (pixels) and noise (standard deviation):
-    of the augmentation.
+    width: channels of its first layer; its features are twice as many. max_shift (pixels) and noise (standard
+    deviation): of the augmentation.
     """
 
     kind: str = "classifier"
@@ -280,7 +280,7 @@ STAGES: dict[str, type[StageConfig]] = {
 class Config:
     """One experiment.
 
-    out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch on the CPU; None leaves torch's choice.
+    out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch, on the CPU; None: its choice.
     schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
     "flow". stages: name -> one of the dataclasses above, in the order in which they run.
     """

@@ -92,7 +92,7 @@ def check_data(config: DataConfig) -> None:
 
 @dataclass(frozen=True)
 class Order:
-    """The endless stream of sample indices: a function of (seed, epoch) alone, never of processes or of where it stopped.
+    """The endless stream of sample indices: a function of (seed, epoch) alone, whoever reads it and from where.
 
     count: images in the data set. batch_size: images per update over all processes.
     """
@@ -110,8 +110,8 @@ class Order:
     def indices(self, positions: Tensor) -> Tensor:
         """Sample indices (B,) at those places of the stream; an epoch meets every image once."""
         epochs = positions // self.count
-        orders = {int(epoch): _permutation(self.count, self.seed, int(epoch)) for epoch in epochs.unique()}
-        return torch.cat([orders[epoch][positions[epochs == epoch] % self.count] for epoch in sorted(orders)])
+        orders = {epoch: _permutation(self.count, self.seed, epoch) for epoch in sorted(set(epochs.tolist()))}
+        return torch.cat([order[positions[epochs == epoch] % self.count] for epoch, order in orders.items()])
 
 
 @lru_cache(maxsize=8)

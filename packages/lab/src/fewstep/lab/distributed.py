@@ -75,7 +75,8 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+            present = torch.cuda.device_count()
+            raise ConfigError(f"device={name}: this machine has {present} CUDA devices; use device=cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

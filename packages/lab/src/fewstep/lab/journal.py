@@ -3,7 +3,6 @@
 import json
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +53,7 @@ class Journal:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         if self._board is not None:
@@ -64,23 +63,21 @@ class Journal:
         """One line of metrics after update `step` (counted from 1)."""
         if self._silent:
             return
-        line = {"step": step, **metrics, "images_per_second": round(images_per_second, 1), "time": round(time.time(), 2)}
+        clock = {"images_per_second": round(images_per_second, 1), "time": round(time.time(), 2)}
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **metrics, **clock}) + "\n")
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
         self._show(step, metrics, images_per_second)
 
     def _show(self, step: int, metrics: dict[str, float], speed: float) -> None:
+        text = f"loss {metrics['loss']:.4g}  {speed:,.0f} images/s"
         if self._bar is not None:
-            text = f"loss {metrics['loss']:.4g}  {speed:,.0f} images/s"
             self._bar.update(self._task, completed=step, speed=text)
         elif time.monotonic() - self._last_line > QUIET or step == self._updates:
             self._last_line = time.monotonic()
-            self._console.print(
-                f"{self._label}  {step}/{self._updates}  loss {metrics['loss']:.4g}  {speed:,.0f} images/s", highlight=False
-            )
+            self._console.print(f"{self._label}  {step}/{self._updates}  {text}", highlight=False)
 
 
 def truncate(path: Path, step: int) -> None:

@@ -1,12 +1,12 @@
 """Networks as an experiment's config asks for them: built, fitted to the data, initialised from a teacher."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fewstep.lab.config import Config, ConfigError, NetworkConfig, StudentNetworkConfig
 from fewstep.models import PRESETS, NetworkDenoiser, build_network, init_from, with_guidance_input
-from fewstep.schedules import schedule_from_config
+from fewstep.schedules import Prediction, schedule_from_config
 
 
 def build_denoiser(config: Config, network: NetworkConfig, seed: int) -> NetworkDenoiser:
@@ -21,7 +21,7 @@ def build_denoiser(config: Config, network: NetworkConfig, seed: int) -> Network
         built = build_network(arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"network: {error}") from error
-    return NetworkDenoiser(built, schedule_from_config(config.schedule), config.prediction)
+    return NetworkDenoiser(built, schedule_from_config(config.schedule), cast(Prediction, config.prediction))
 
 
 def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
@@ -54,6 +54,11 @@ def own_network(config: Config, student: StudentNetworkConfig) -> NetworkConfig 
     )
 
 
+def config_of(denoiser: NetworkDenoiser) -> dict[str, Any]:
+    """The config of its network, as `build_network` reads it."""
+    return cast(dict[str, Any], denoiser.network.config)
+
+
 def guided_student(
     teacher: NetworkDenoiser, own: NetworkDenoiser | None, form: str, w_range: tuple[float, float]
 ) -> NetworkDenoiser:
@@ -75,12 +80,12 @@ def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDen
     Raises:
         ConfigError: its network has no dropout to set.
     """
-    present = denoiser.network.config.get("dropout", 0.0)
-    if dropout is None or dropout == present:
+    config = config_of(denoiser)
+    if dropout is None or dropout == config.get("dropout", 0.0):
         return denoiser
-    if "dropout" not in denoiser.network.config:
-        raise ConfigError(f"dropout={dropout}: {denoiser.network.config['type']} has none; use null")
-    network = build_network({**denoiser.network.config, "dropout": dropout})
+    if "dropout" not in config:
+        raise ConfigError(f"dropout={dropout}: {config['type']} has none; use null")
+    network = build_network({**config, "dropout": dropout})
     network.load_state_dict(denoiser.network.state_dict())
     trained, time_input = denoiser.trained, denoiser.time_input
     return NetworkDenoiser(network, denoiser.schedule, denoiser.prediction, time_input=time_input, trained=trained)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
@@ -38,9 +38,10 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    old, new = yaml.safe_load(path.read_text()), relevant(config, stage)
+    # Both as they read back from a file: two configs are equal exactly when their files are.
+    old, new = _from_yaml(path.read_text()), relevant(config, stage)
     free = set(_paths(relevant(config, stage))) - set(_paths(relevant(config, stage, results_only=True)))
-    for key, before, now in _changes(old, _as_yaml(new)):
+    for key, before, now in _changes(old, _from_yaml(_to_yaml(new))):
         if key not in free:
             raise ConfigError(
                 f"{key}={_show(now)}: {folder} was made with {_show(before)}; put that back, or choose another out=, "
@@ -51,7 +52,7 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
 def begin(config: Config, stage: str, folder: Path) -> None:
     """Write `config.yaml` and `run.json`; the latter keeps a list with one entry per call."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(_as_yaml(relevant(config, stage)), sort_keys=False))
+    write_text(folder / "config.yaml", _to_yaml(relevant(config, stage)))
     calls = read_calls(folder)
     write_text(folder / "run.json", json.dumps([*calls, _circumstances()], indent=1) + "\n")
 
@@ -86,7 +87,9 @@ def commit() -> str:
     """The git commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a clone."""
     here = Path(__file__).parent
     head = _git("rev-parse", "HEAD", where=here)
-    return "unknown" if head is None else head + ("+changes" if _git("status", "--porcelain", "-uno", where=here) else "")
+    if head is None:
+        return "unknown"
+    return f"{head}+changes" if _git("status", "--porcelain", "-uno", where=here) else head
 
 
 def _git(*arguments: str, where: Path) -> str | None:
@@ -129,9 +132,12 @@ def _plain(value: Any, results_only: bool) -> Any:
     return value
 
 
-def _as_yaml(tree: Any) -> Any:
-    """`tree` as it reads back from a file: two configs compare equal exactly when their files do."""
-    return yaml.safe_load(yaml.safe_dump(tree, sort_keys=False))
+def _to_yaml(tree: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def _from_yaml(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

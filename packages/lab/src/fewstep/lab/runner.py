@@ -39,13 +39,6 @@ def run_experiment(config: Config, *, until: str | None = None, strict: bool = F
         distributed.stop()
 
 
-def stage_context(config: Config, name: str, device: torch.device, console: Console, **more: object) -> StageContext:
-    """The context of one stage of a run."""
-    stage, out = config.stages[name], Path(config.out)
-    inputs = {need: out / need for need in stage.needs}
-    return StageContext(config, stage, inputs, out / name, device, console, **more)
-
-
 def _stages(config: Config, until: str | None) -> list[str]:
     build_denoiser(config, config.network, seed=0)  # the network's config is checked here, before anything runs
     order = stage_order(config)
@@ -70,7 +63,9 @@ def _walk(
     if not distributed.is_main():
         console = Console(quiet=True)
     for name in names:
-        ctx = stage_context(config, name, device, console, stopping=stop, strict=strict)
+        stage, out = config.stages[name], Path(config.out)
+        inputs = {need: out / need for need in stage.needs}
+        ctx = StageContext(config, stage, inputs, out / name, device, console, stop, strict)
         if record.is_done(ctx.out):
             console.print(f"{name}  done before", highlight=False)
             continue

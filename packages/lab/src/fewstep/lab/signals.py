@@ -13,6 +13,7 @@ class StopFlag:
         self.number: int | None = None
 
     def __call__(self) -> bool:
+        """Whether to stop."""
         return self.number is not None
 
     def _set(self, number: int, frame: FrameType | None) -> None:

@@ -107,7 +107,8 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
                 for key, value in average.items():
                     value.copy_(tensors[f"ema/{name}/{key}"])
     except (RuntimeError, KeyError, IndexError) as error:
-        raise CheckpointError(f"checkpoint of update {checkpoint.step}: not of these networks ({_brief(error)})") from error
+        what = f"checkpoint of update {checkpoint.step}"
+        raise CheckpointError(f"{what}: not of these networks ({_brief(error)})") from error
     device = state.meter.device
     state.meter.sums = {name: value.to(device) for name, value in _under(tensors, "sum/").items()}
     state.meter.counts = {name: value.to(device) for name, value in _under(tensors, "count/").items()}

@@ -187,9 +187,7 @@ class Trainer:
 
     def _journal(self) -> Journal:
         silent = not distributed.is_main()
-        return Journal(
-            self.out, self.console, self.label, self.updates, self.state.step, silent=silent, **self._shown
-        )
+        return Journal(self.out, self.console, self.label, self.updates, self.state.step, silent=silent, **self._shown)
 
     def _log(self, journal: Journal) -> None:
         self._check_finite()
@@ -217,7 +215,8 @@ class Trainer:
         if found is not None:
             load_state(self.state, found)
             if self.state.step < self.updates:
-                self.console.print(f"{self.label}  going on after update {found.step} of {self.updates}", highlight=False)
+                text = f"{self.label}  going on after update {found.step} of {self.updates}"
+                self.console.print(text, highlight=False)
 
 
 def mix(*numbers: int) -> int:

@@ -1,0 +1,1 @@
+"""One module per kind of stage, with one function `run(ctx: StageContext) -> None`."""

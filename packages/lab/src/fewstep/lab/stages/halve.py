@@ -11,7 +11,7 @@ from pathlib import Path
 from fewstep.distill import ProgressiveDistillation
 from fewstep.lab import distributed, record
 from fewstep.lab.context import StageContext
-from fewstep.lab.networks import build_denoiser, guided_student, own_network, with_dropout
+from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, stage_seed
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained
@@ -30,8 +30,7 @@ def run(ctx: StageContext) -> None:
 def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -> None:
     """Train the student of `steps` steps against `teacher` taking twice as many."""
     stage, began = ctx.stage, time.monotonic()
-    assert teacher.trained is not None and teacher.trained.w_range is not None  # `guide` wrote it
-    low, high = stage.w_range or teacher.trained.w_range
+    low, high = stage.w_range or _range_of(teacher)
     student = _student(ctx, teacher, first=steps == stage.steps[0])
     student.trained = Trained("deterministic", steps, (low, high))
     compile_networks(ctx, teacher, student)
@@ -50,6 +49,11 @@ def _student(ctx: StageContext, teacher: NetworkDenoiser, first: bool) -> Networ
     student = copy.deepcopy(teacher)
     if network is not None:
         own = build_denoiser(ctx.config, network, stage_seed(ctx)).to(ctx.device)
-        guidance = teacher.network.config["guidance"]
-        student = guided_student(teacher, own, guidance["form"], tuple(guidance["w_range"]))
+        student = guided_student(teacher, own, config_of(teacher)["guidance"]["form"], _range_of(teacher))
     return with_dropout(student, ctx.stage.dropout).to(ctx.device).requires_grad_(True)
+
+
+def _range_of(teacher: NetworkDenoiser) -> tuple[float, float]:
+    """The range of w that stage one trained it for."""
+    low, high = config_of(teacher)["guidance"]["w_range"]
+    return low, high
