@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.lab.compose import compose
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 FOLDERS = ("packages/*", "kernels", "experiments/*")
@@ -54,7 +56,17 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(re.findall(r"^make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= TARGETS
 
 
+RUNS = re.findall(r"^\.venv/bin/fewstep run (\S+)([^#\n]*)", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("experiment", "overrides"), RUNS)
+def test_runs_compose(experiment: str, overrides: str) -> None:
+    """A key or preset that was renamed would fail in the reader's first minute."""
+    compose(ROOT / experiment, overrides.split())
+
+
 def test_the_test_can_fail() -> None:
     """The patterns above must see what they look for, or every page passes."""
     assert {"quickstart", "test", "test-fast", "lint", "docs", "gpu-check"} <= TARGETS
     assert EXAMPLES
+    assert RUNS
