@@ -20,7 +20,8 @@ STABLE = DDIMScheduler(
 
 ALL: dict[str, Schedule] = {
     "cosine": Cosine(), "cosine_shifted": Cosine(shift=-2.77), "cosine_narrow": Cosine(-8.0, 12.0, 1.0),
-    "linear_beta": LinearBeta(), "discrete": Discrete(STABLE), "karras": Karras(), "flow": RectifiedFlow(),
+    "linear_beta": LinearBeta(), "linear_beta_long": LinearBeta(beta_max=80.0, log_snr_min=-35.0),
+    "discrete": Discrete(STABLE), "karras": Karras(), "flow": RectifiedFlow(),
 }
 # times that crowd towards both ends, where a careless formula cancels
 TIMES = [0.0, 1e-7, 3e-5, 1e-3, 0.02, 0.3, 0.499, 0.5, 0.501, 0.77, 0.98, 0.999, 1 - 3e-5, 1 - 2**-23, 1.0]

@@ -56,8 +56,7 @@ class Discrete(Schedule):
         """The nodes with x's device and dtype, kept since copying to a GPU at every step would wait for it."""
         key = (x.device, x.dtype)
         if key not in self._cache:
-            with torch.inference_mode(False):                     # else the copy could not serve training later
-                self._cache[key] = self._nodes.to(x.device, x.dtype)
+            self._cache[key] = self._nodes.to(x.device, x.dtype)
         return self._cache[key]
 
     def log_snr(self, t: Tensor) -> Tensor:

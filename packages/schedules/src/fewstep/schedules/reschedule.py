@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.schedules.denoiser import Cond, Denoiser, Raw
+from fewstep.schedules.denoiser import Cond, Denoiser, Raw, Trained
 from fewstep.schedules.prediction import to_x
 from fewstep.schedules.schedule import Schedule, expand
 
@@ -23,8 +23,18 @@ class Rescheduled(nn.Module):
         super().__init__()
         self.denoiser: Any = denoiser
         self.schedule = schedule
-        self.trained = getattr(denoiser, "trained", None)
-        self.null_cond = getattr(denoiser, "null_cond", None)
+
+    @property
+    def trained(self) -> Trained | None:
+        """What the denoiser says it was trained for, if anything."""
+        trained: Trained | None = getattr(self.denoiser, "trained", None)
+        return trained
+
+    @property
+    def null_cond(self) -> Cond:
+        """The denoiser's null condition, if it has one."""
+        null_cond: Cond = getattr(self.denoiser, "null_cond", None)
+        return null_cond
 
     def inside(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and t as the inner denoiser knows them.
