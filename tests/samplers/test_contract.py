@@ -5,7 +5,7 @@ import torch
 from oracles import Gaussian, Guided, Mixture, Unconverted, full
 
 from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun
-from fewstep.schedules import Cosine, Karras, RectifiedFlow
+from fewstep.schedules import Cosine, Karras, Raw, RectifiedFlow
 
 SAMPLERS = [ddim, ancestral, heun, dpmpp_2m]
 every = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda f: f.__name__)
@@ -51,12 +51,12 @@ def test_start(sampler, schedule):
 
 @every
 def test_default_times_are_the_grid_that_students_are_trained_on(sampler):
-    # i / N in float32, bit for bit: 1 - i / N differs in the last place
-    for steps in (3, 7, 49):
+    # i / N bit for bit in either dtype: 1 - i / N differs in the last place
+    for steps, noise in ((3, NOISE), (7, NOISE.float()), (49, NOISE), (49, NOISE.float())):
         recorder = Recorder(Gaussian(Cosine()))
-        sampler(recorder, NOISE.float(), steps, seeds=SEEDS)
+        sampler(recorder, noise, steps, seeds=SEEDS)
         seen = {t[0].item() for _, t, *_ in recorder.calls}
-        assert seen == set((torch.arange(1, steps + 1) / steps).tolist())
+        assert seen == set((torch.arange(1, steps + 1).to(noise.dtype) / steps).tolist())
 
 
 @every
@@ -128,3 +128,27 @@ def test_no_graph_is_kept(sampler):
     # 512 steps with a graph would exhaust memory
     z = NOISE.clone().requires_grad_()
     assert not sampler(Gaussian(Cosine()), z, 2).requires_grad
+
+
+@every
+def test_schedule_is_evaluated_once_per_run(sampler):
+    # five evaluations of a schedule per update cost as much as the update itself; images must not change either
+    calls = []
+
+    class Counting(Cosine):
+        def log_snr(self, t):
+            calls.append(t.shape)
+            return super().log_snr(t)
+
+    class Network:
+        schedule = Counting()
+
+        def raw(self, z, t, cond=None, w=None):
+            return Raw(torch.tanh(z), None, "v")
+
+    def evaluations(steps):
+        calls.clear()
+        sampler(Network(), NOISE, steps, seeds=SEEDS)
+        return len(calls)
+
+    assert evaluations(9) == evaluations(3)

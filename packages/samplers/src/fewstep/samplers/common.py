@@ -21,6 +21,34 @@ Weights = Callable[[Tensor, Tensor, Schedule], tuple[Tensor, ...]]
 UPDATE_STREAM = 1 << 16
 
 
+class Table:
+    """A schedule's values on a run's grid, computed once (float64) and handed out as tensors (B,).
+
+    kernels.guided_update asks for them five times per update, which would cost as much as all of its own arithmetic. It
+    asks with the run's own `rows`, so those are recognised by identity; any other time goes to the schedule.
+    """
+
+    def __init__(self, schedule: Schedule, times: Sequence[float], rows: Sequence[Tensor]) -> None:
+        t = torch.tensor(times, dtype=torch.float64)
+        columns = [_rows(v, rows[0]) for v in (schedule.log_snr(t), *schedule.alpha_sigma(t))]
+        self._schedule, self._values = schedule, dict(zip(map(id, rows), zip(*columns, strict=True), strict=True))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t. Shape: (B,) -> (B,)."""
+        known = self._values.get(id(t))
+        return self._schedule.log_snr(t) if known is None else known[0]
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t. Shape: (B,) -> (B,), (B,)."""
+        known = self._values.get(id(t))
+        return self._schedule.alpha_sigma(t) if known is None else (known[1], known[2])
+
+
+def _rows(column: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Each value of a column (steps + 1,) as a row like `like` (B, ...): (B,), its device and dtype."""
+    return column.to(like.dtype).to(like.device)[:, None].repeat(1, len(like)).unbind()
+
+
 @dataclass(frozen=True)
 class Run:
     """One call of a sampler, checked: start `z` (B, ...), `times` (steps + 1 floats) and the same as rows (B,)."""
@@ -33,6 +61,7 @@ class Run:
     callback: Callback | None
     times: tuple[float, ...]
     rows: tuple[Tensor, ...]
+    table: Table
     z: Tensor
 
     def grid(self, weights: Weights) -> list[tuple[float, ...]]:
@@ -48,7 +77,7 @@ class Run:
             x = self.denoiser(z, self.rows[i], self.cond, self.w)
             return x if self.clip is None else x.clamp(*self.clip)
         output = raw(z, self.rows[i], self.cond, self.w)
-        return guided_update(output, z, self.rows[i], None, self.denoiser.schedule, self.w, clip=self.clip)
+        return guided_update(output, z, self.rows[i], None, self.table, self.w, clip=self.clip)
 
     def update(self, z: Tensor, i: int, kind: Kind, on: tuple[float, ...], noise: Tensor | None = None) -> Tensor:
         """The state at times[i + 1]: a network's raw output goes unopened to kernels.guided_update, which knows `kind`.
@@ -59,9 +88,9 @@ class Run:
         if raw is None:
             moved = torch.add(on[0] * z, self.x(z, i), alpha=on[1])
             return moved if noise is None else moved.add_(noise, alpha=on[2])
-        t, s, schedule = self.rows[i], self.rows[i + 1], self.denoiser.schedule
+        t, s = self.rows[i], self.rows[i + 1]
         output = raw(z, t, self.cond, self.w)
-        return guided_update(output, z, t, s, schedule, self.w, kind=kind, noise=noise, clip=self.clip)
+        return guided_update(output, z, t, s, self.table, self.w, kind=kind, noise=noise, clip=self.clip)
 
     def noise(self, i: int) -> Tensor:
         """N(0, I) for update i, shaped like z: from each sample's seed alone, else the global generator."""
@@ -104,6 +133,6 @@ def prepare(
     checks.trained(denoiser, grid, w, student)
     if z is None:
         start = start * denoiser.schedule.init_noise_scale
-    column = torch.tensor(grid, dtype=torch.float64).to(start.dtype).to(start.device)
-    rows = column[:, None].repeat(1, len(start)).unbind()
-    return Run(denoiser, cond, w, clip, seeds, callback, grid, rows, start)
+    rows = _rows(torch.tensor(grid, dtype=torch.float64), start)
+    table = Table(denoiser.schedule, grid, rows)
+    return Run(denoiser, cond, w, clip, seeds, callback, grid, rows, table, start)
