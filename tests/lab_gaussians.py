@@ -1,7 +1,8 @@
 """Models whose samples are known in closed form, and the evaluation plan of tests that use them.
 
-Class c is N(c / 10, 1/64) in every pixel and no class at all N(0, 1/64), so guidance with w makes N((1 + w) c / 10, 1/64):
-x_w = (1 + w) x_c - w x_0 is again the exact denoiser of a Gaussian, and its probability flow is a straight scaling.
+Class c is N(c / 10, 1/64) in every pixel and no class at all N(0, 1/64), so guidance with w makes
+N((1 + w) c / 10, 1/64): x_w = (1 + w) x_c - w x_0 is again the exact denoiser of a Gaussian, whose probability flow
+is a straight scaling.
 """
 
 from __future__ import annotations

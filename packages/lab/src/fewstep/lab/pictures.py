@@ -10,23 +10,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+Pixels = NDArray[np.uint8]
 SMALLEST = 48  # pixels: smaller images are enlarged by a whole factor to at least this
 
 
-def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+def to_bytes(images: Tensor) -> Pixels:
     """(N, C, H, W) in [-1, 1] as (N, H, W, C) bytes; C is 1 or 3, and 3 in the result."""
     levels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    pixels: NDArray[np.uint8] = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    pixels: Pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     return pixels
 
 
-def enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(N, H, W, C) with every pixel repeated so often that images are at least SMALLEST wide."""
-    factor = -(-SMALLEST // pixels.shape[2])
+def enlarged(pixels: Pixels, factor: int | None = None) -> Pixels:
+    """(N, H, W, C) with every pixel repeated `factor` times each way; None: until images are SMALLEST wide."""
+    factor = factor or -(-SMALLEST // pixels.shape[2])
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def tile(pixels: NDArray[np.uint8], columns: int, gap: int = 4) -> NDArray[np.uint8]:
+def tile(pixels: Pixels, columns: int, gap: int = 4) -> Pixels:
     """(N, H, W, C) as one picture, row by row, on white."""
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
@@ -37,6 +38,6 @@ def tile(pixels: NDArray[np.uint8], columns: int, gap: int = 4) -> NDArray[np.ui
     return sheet
 
 
-def write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+def write_png(path: Path, pixels: Pixels) -> None:
     """Write one picture (H, W, C)."""
     Image.fromarray(pixels).save(path, format="PNG")

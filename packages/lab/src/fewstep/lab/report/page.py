@@ -1,0 +1,226 @@
+"""The report's HTML page: light, without scripts, its pictures beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from fewstep.lab.report import tables
+from fewstep.lab.report.model import Material
+from fewstep.lab.report.style import SAMPLER_NAMES
+from fewstep.lab.report.tables import Table, number, percent, seconds
+
+W = "<i>w</i>"
+W_IS = "<i>w</i>&nbsp;=&nbsp;"
+
+
+def html(material: Material, pictures: Mapping[str, str], config: str = "") -> str:
+    """The page. pictures: name of a figure ("quality", "samples 1", ...) -> file beside it. config: as YAML, shown."""
+    parts = [
+        _opening(material),
+        *_samples(material, pictures),
+        *_targets(material),
+        *_quality(material, pictures),
+        *_responses(material),
+        *_stages(material, pictures),
+        *_curve(material, pictures),
+        *_speed(material, pictures),
+        *_training(pictures),
+        *_provenance(material, config),
+    ]
+    template = Template(files("fewstep.lab.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(material.title), body="\n".join(parts))
+
+
+def _opening(material: Material) -> str:
+    results, headline = material.results, material.results["settings"]["headline"]
+    timing = results["timing"][-1]
+    teacher, batch = timing["teacher"], timing["batch"]
+    (fast,) = (row for row in timing["students"] if row["steps"] == headline)
+    paired = material.rows("paired_ratios", steps=headline)
+    ratios = _join([f"{number(row['ratio'], 2)} at {W_IS}{row['w']:g}" for row in paired])
+    experiment, commit = escape(str(results["experiment"])), escape(str(results["circumstances"]["commit"])[:10])
+    students = ", ".join(str(steps) for steps in material.steps)
+    made_in = f"{seconds(fast['seconds'])}, {fast['speed_up']:,.0f} times as fast as that teacher"
+    return (
+        f"<header>\n<h1>{escape(material.title)}</h1>\n"
+        f'<p class="by">experiment {experiment}, commit {commit}</p>\n</header>\n'
+        f"<p>A classifier-free-guided teacher, sampled with {_steps(teacher)} ({teacher['nfe']:,} network evaluations "
+        f"where {W}&nbsp;&gt;&nbsp;0), is distilled into students of {students} steps that take the guidance weight "
+        f"{W} as an input: one student per number of steps serves every {W}. {W_IS}0 is no guidance; what Stable "
+        f"Diffusion calls guidance scale is 1&nbsp;+&nbsp;{W}.</p>\n"
+        f"<p>The student of {headline} steps makes a batch of {batch} images in {made_in}. Its error to the teacher’s "
+        "images from the same noise, over that of the better undistilled sampler at as many network evaluations, is "
+        f"{ratios}.</p>"
+    )
+
+
+def _samples(material: Material, pictures: Mapping[str, str]) -> list[str]:
+    settings = material.results["settings"]
+    shown = [w for w in material.weights if f"samples {w:g}" in pictures]
+    caption = (
+        "Columns are classes; the images of a column start from the same noise. From above: the teacher "
+        f"({_steps(settings['reference'])}), the students, and the better undistilled sampler at the network "
+        f"evaluations of the student of {settings['headline']} steps."
+    )
+    figures = [_figure(pictures[f"samples {w:g}"], f"<b>{_guidance(w)}.</b> {caption}") for w in shown]
+    return ["<h2>Samples</h2>", *figures] if figures else []
+
+
+def _targets(material: Material) -> list[str]:
+    return ["<h2>Targets</h2>", _wide(tables.targets(material))] if material.results["targets"] else []
+
+
+def _quality(material: Material, pictures: Mapping[str, str]) -> list[str]:
+    results, settings = material.results, material.results["settings"]
+    caption = (
+        "<b>Students against undistilled samplers at equal cost.</b> Paired error: root mean square difference of "
+        f"pixels in [−1, 1] to the teacher’s image from the same noise, class and {W} ({settings['paired_noises']:,} "
+        f"noises). Fréchet distance to the teacher’s samples of the same {W} from other noises; the dashed line there "
+        "is the distance between two sets of the teacher’s own samples, where it was measured. A guided call of an "
+        f"undistilled sampler counts two network evaluations. FID, IS, Fréchet distance: {_features(material)}."
+    )
+    data = results["data"]
+    note = (
+        f"{settings['num_samples']:,} samples per row; {_features(material)}. FID against {data['heldout']:,} held-out "
+        f"and {data['train']:,} training images apart; KID, precision and recall against held-out images. “Best "
+        "undistilled”: the better of DDIM and DPM-Solver++(2M) at the same number of network evaluations "
+        f"({W}&nbsp;&gt;&nbsp;0: half as many guided calls, at least one). The teacher is sampled with "
+        f"{_steps(settings['reference'])}; its distance to itself is between two independent sets."
+    )
+    both = [_wide(tables.to_teacher(material)), _wide(tables.to_data(material))]
+    figure = _figure(pictures["quality"], caption)
+    return ["<h2>Quality against steps</h2>", figure, *both, _note(note), *_checks(material)]
+
+
+def _checks(material: Material) -> list[str]:
+    """How far the reference may be trusted, and the teacher as a model of the data."""
+    rows = material.results["reference_check"]
+    found = _join([f"{number(row['paired_error'], 2)} at {W_IS}{row['w']:g}" for row in rows])
+    one = rows[0]
+    notes = [
+        f"RMSE of {_named(one['sampler'])} to {_named(one['against'])}, on {one['paired_noises']} noises: {found}."
+    ]
+    if material.results["teacher_data"] is not None:
+        teacher, ideal = (material.results["teacher_data"][name] for name in ("teacher", "training_images"))
+        notes.append(
+            f"On {teacher['samples']:,} samples, as many as there are training images, the teacher at {W_IS}0 has FID "
+            f"{number(teacher['fid_heldout'])} to held-out and {number(teacher['fid_train'])} to training images; the "
+            f"training images themselves have {number(ideal['fid_heldout'])} to held-out ones (ratio "
+            f"{number(material.results['teacher_data']['ratio'])})."
+        )
+    judge = material.results["judge"]["accuracy_heldout"]
+    return [_note(text) for text in [*notes, f"The judge recognises {percent(judge)} of the held-out images."]]
+
+
+def _responses(material: Material) -> list[str]:
+    rows = material.results["guidance_response"]
+    if not rows:
+        return []
+    text = (
+        f"<p>How far samples move between {W_IS}{rows[0]['w_none']:g} and {W_IS}{rows[0]['w']:g} when the noise stays: "
+        f"the mean over {rows[0]['noises']:,} noises of the root mean square difference of pixels. A student that "
+        f"ignores {W} does not move.</p>"
+    )
+    return ["<h2>Guidance response</h2>", text, _wide(tables.responses(material))]
+
+
+def _stages(material: Material, pictures: Mapping[str, str]) -> list[str]:
+    caption = (
+        "<b>Each stage’s own error and what has added up.</b> Bars: paired error to the samples that the stage was "
+        "taught by. Line: paired error to the teacher. Grey: stage one, then the same network at the fewer DDIM steps "
+        "that the first student halves."
+    )
+    note = "Share: what the squared error to the teacher grew by in this stage, of that of the last student."
+    table = _wide(tables.stages(material))
+    return ["<h2>Where the error comes from</h2>", _figure(pictures["stages"], caption), table, _note(note)]
+
+
+def _curve(material: Material, pictures: Mapping[str, str]) -> list[str]:
+    caption = (
+        f"<b>One curve per number of steps, one point per {W}.</b> All points of a curve come from one student. "
+        f"Teacher: {_steps(material.results['settings']['curve_reference'])}. "
+        f"{material.results['curve'][0]['samples']:,} samples per point; {_features(material)}."
+    )
+    return ["<h2>FID and IS over guidance</h2>", _figure(pictures["fid_is"], caption)]
+
+
+def _speed(material: Material, pictures: Mapping[str, str]) -> list[str]:
+    row = material.results["timing"][0]
+    teacher = row["teacher"]
+    caption = (
+        f"<b>Speed-up over the {teacher['steps']}-step guided teacher.</b> By calls: as if a guided call cost as much "
+        "as a student’s. By NFE: as if it cost twice as much."
+    )
+    note = (
+        f"Seconds per batch at {W_IS}{row['w']:g}, medians of {row['repeats']} interleaved runs. The teacher was timed "
+        f"for {teacher['timed_steps']} of its {teacher['steps']} steps and scaled."
+    )
+    both = [_wide(tables.speed(material)), _note(note), _wide(tables.networks(material))]
+    return ["<h2>Cost</h2>", _figure(pictures["speed"], caption), *both]
+
+
+def _training(pictures: Mapping[str, str]) -> list[str]:
+    if "training" not in pictures:
+        return []
+    return ["<h2>Training</h2>", _figure(pictures["training"], "<b>Loss of every training.</b>")]
+
+
+def _provenance(material: Material, config: str) -> list[str]:
+    results = material.results
+    found, settings, data = results["circumstances"], results["settings"], results["data"]
+    facts = {
+        "commit": found["commit"],
+        "finished": found["finished"],
+        "hardware": f"{found['device']}: {found['cpu']}, {found['threads']} threads",
+        "software": f"Python {found['python']}, torch {found['torch']}",
+        "memory": f"at most {found['peak_memory_bytes'] / 1e9:.2f} GB (evaluation)",
+        "seeds": f"{found['seed']} (training), {settings['seed']} (sampling)",
+        "data": f"{data['name']}, {data['train']:,} images for training, {data['heldout']:,} held out",
+        "features": results["features"],
+        "sampling": f"clip=None, images clamped to [−1, 1] at the end, chunks of {settings['chunk']}",
+        "time": ", ".join(f"{name} {seconds(value)}" for name, value in results["stage_seconds"].items()),
+    }
+    entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+    shown = f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>" if config else ""
+    return ["<h2>Provenance</h2>", f"<dl>\n{entries}\n</dl>", shown]
+
+
+def _features(material: Material) -> str:
+    """Whose features FID and the like are measured in: said wherever such a number stands."""
+    return escape(str(material.results["features"]))
+
+
+def _guidance(w: float) -> str:
+    return f"{W_IS}{w:g} (no guidance)" if w == 0 else f"{W_IS}{w:g}"
+
+
+def _figure(file: str, caption: str) -> str:
+    alt = re.sub("<[^>]*>", "", caption).split(".")[0]
+    return f'<figure><img src="{escape(file)}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'
+
+
+def _wide(table: Table) -> str:
+    return f'<div class="wide">{table.html()}</div>'
+
+
+def _steps(sampler: Mapping[str, object]) -> str:
+    """A sampler of the results in words."""
+    return _named(f"{sampler['sampler']} {sampler['steps']}")
+
+
+def _named(sampler_and_steps: str) -> str:
+    """ "dpmpp_2m 64" as "64 DPM-Solver++(2M) steps"."""
+    sampler, _, steps = sampler_and_steps.partition(" ")
+    return escape(f"{steps} {SAMPLER_NAMES.get(sampler, sampler)} steps")
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

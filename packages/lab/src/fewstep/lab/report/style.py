@@ -1,0 +1,102 @@
+"""How figures look: one font, colours that colour-blind readers tell apart, the same for a step count everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+
+# Okabe and Ito (2008), cold to warm as steps get fewer; markers say the same again.
+STEP_STYLES = {
+    16: ("#0072b2", "o"),
+    8: ("#56b4e9", "D"),
+    4: ("#009e73", "s"),
+    2: ("#e69f00", "^"),
+    1: ("#d55e00", "v"),
+}
+OTHER_STYLES = (("#cc79a7", "P"), ("#7a5195", "X"), ("#8c564b", "h"))
+INK, FAINT, RULE = "#1a1a1a", "#767676", "#d9d9d9"
+BASELINE_STYLES = {"ddim": ("#8c8c8c", "--", "o"), "dpmpp_2m": ("#555555", ":", "s")}
+SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "heun": "Heun"}
+
+SETTINGS: Any = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#4d4d4d",
+    "axes.linewidth": 0.6,
+    "xtick.color": "#4d4d4d",
+    "ytick.color": "#4d4d4d",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.minor.size": 1.6,
+    "ytick.minor.size": 1.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.06,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Within, figures are drawn in the house style."""
+    with mpl.rc_context(SETTINGS):
+        yield
+
+
+def step_style(steps: int) -> tuple[str, str]:
+    """Colour and marker of a step count, the same in every figure."""
+    return STEP_STYLES.get(steps) or OTHER_STYLES[steps % len(OTHER_STYLES)]
+
+
+def step_axis(axes: Axes, steps: list[int]) -> None:
+    """Steps on a logarithmic axis, marked where there are students and nowhere else."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(steps), [str(n) for n in sorted(steps)])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(min(steps) / 1.25, max(steps) * 1.25)
+
+
+def plain_log(axes: Axes) -> None:
+    """A logarithmic value axis with its numbers written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(mpl.ticker.FuncFormatter(_minor))
+
+
+def _minor(value: float, _: int) -> str:
+    digit = f"{value:e}"[0]
+    return f"{value:,g}" if digit in "25" else ""
+
+
+def count_steps(steps: int) -> str:
+    """ "1 step", "4 steps"."""
+    return "1 step" if steps == 1 else f"{steps} steps"

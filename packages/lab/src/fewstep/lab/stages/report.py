@@ -1,0 +1,28 @@
+"""Writes the run's report from what the evaluate stage measured."""
+
+from __future__ import annotations
+
+from fewstep.lab.context import StageContext
+from fewstep.lab.journal import read_metrics
+from fewstep.lab.report import Material, read_grids, read_results, write_report
+
+
+def run(ctx: StageContext) -> None:
+    """Write `index.html`, its PNGs, `table.md` and `readme.png`."""
+    folder, *_ = ctx.inputs_of_kind("evaluate").values()
+    title = ctx.stage.title or f"Few-step samplers for {ctx.config.data.name}"
+    material = Material(title, read_results(folder), read_grids(folder), training_curves(ctx))
+    config = ctx.out / "config.yaml"
+    path = write_report(material, ctx.out, config.read_text() if config.is_file() else "")
+    ctx.console.print(f"{ctx.stage.name}  {path}", highlight=False)
+
+
+def training_curves(ctx: StageContext) -> dict[str, list[dict[str, float]]]:
+    """Lines of every `metrics.jsonl` of the stages that the report needs; a student's under "halve, 4 steps"."""
+    found = {}
+    for name, folder in ctx.inputs.items():
+        found[name] = read_metrics(folder / "metrics.jsonl")
+        steps = getattr(ctx.config.stages[name], "steps", []) if ctx.config.stages[name].kind == "halve" else []
+        for count in steps:
+            found[f"{name}, {count} steps"] = read_metrics(folder / f"steps_{count}" / "metrics.jsonl")
+    return {name: lines for name, lines in found.items() if lines}
