@@ -234,6 +234,7 @@ class EvaluateConfig(StageConfig):
     whose time speed-ups are taken. guide_steps: steps of stage one alone. curve_weights, curve_samples,
     curve_reference: w, samples per w (0: num_samples) and teacher sampler of the FID-IS curve. floor: also two sets of
     teacher samples against each other. chunk: images sampled at once. kid_subsets: subsets that KID is the mean of.
+    workers: processes that sample; 0: one per core on the CPU, each of one thread, and one on a GPU.
     """
 
     kind: str = "evaluate"
@@ -252,6 +253,7 @@ class EvaluateConfig(StageConfig):
     curve_reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     chunk: int = 250
     kid_subsets: int = 50
+    workers: int = _free(0)
     seed: int = 1
     floor: bool = False
     timing: TimingConfig = field(default_factory=TimingConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,8 +15,9 @@ from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.metrics import Features, Moments, extract, squared_errors
 from fewstep.lab.progress import SamplingProgress
-from fewstep.lab.sampling import SampleSpec, nfe_of, sample_shards
+from fewstep.lab.sampling import SampleSpec, nfe_of, sample_shards, timed_chunk
 from fewstep.lab.shards import Shard, ShardCache
+from fewstep.lab.workers import spread
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Samples:
     """Sets of samples by what they are (`Draw`); whatever is asked for twice is sampled once.
 
     sizes: the sets and how many samples each has. judge: name of the registered feature extractor. Memory holds one
-    chunk of images and the features of every set.
+    chunk of images and the features of every set. workers: processes that sample, see `fewstep.lab.workers`.
     """
 
     sizes: Mapping[Draw, int]
@@ -35,6 +37,7 @@ class Samples:
     seed: int
     chunk: int
     device: torch.device
+    workers: int = 1
     _features: dict[tuple[Draw, int], Features] = field(default_factory=dict)
     _seconds: dict[Draw, float] = field(default_factory=dict)
 
@@ -55,12 +58,19 @@ class Samples:
             Interrupted: `stopping` said so; finished chunks are kept.
         """
         total = sum(size * self.nfe(draw) for draw, size in self.sizes.items())
+        missing, made = [], 0
         with SamplingProgress(console, total, bar=bar) as shown:
-            for draw in self.sizes:
-                for shard, cached in self._shards(draw):
-                    shown.advance(draw.label, len(shard.images), self.nfe(draw), shard.seconds, cached=cached)
-                    if stopping():
-                        raise Interrupted(f"evaluate: stopped while sampling {draw.label}; what was sampled is kept")
+            for draw, start, stop in self._chunks():
+                if self.cache.get(self._key(draw), start, stop) is None:
+                    missing.append((draw, start, stop))
+                else:
+                    shown.advance(draw.label, stop - start, self.nfe(draw), 0.0, cached=True)
+            for i, seconds in spread(_make_chunk, [self._job(*chunk) for chunk in missing], self.workers, stopping):
+                draw, start, stop = missing[i]
+                shown.advance(draw.label, stop - start, self.nfe(draw), seconds)
+                made += 1
+        if made < len(missing):
+            raise Interrupted(f"evaluate: stopped with {made} of {len(missing)} chunks sampled; they are kept")
 
     def batches(self, draw: Draw, count: int) -> Iterator[Tensor]:
         """Samples 0, ..., count - 1 in chunks (B, C, H, W), not clamped."""
@@ -95,7 +105,26 @@ class Samples:
             self._seconds[draw] = sum(shard.seconds for shard, _ in self._shards(draw))
         return self.sizes[draw] / max(self._seconds[draw], 1e-9)
 
+    def _chunks(self) -> Iterator[tuple[Draw, int, int]]:
+        for draw, size in self.sizes.items():
+            yield from ((draw, start, stop) for start, stop in self.spec(draw).ranges(size))
+
+    def _job(self, draw: Draw, start: int, stop: int) -> tuple[Model, SampleSpec, int, int, torch.device, ShardCache]:
+        return self.models[draw.model], self.spec(draw), start, stop, self.device, self.cache
+
+    def _key(self, draw: Draw) -> dict[str, Any]:
+        return self.spec(draw).key(self.models[draw.model].digest, self.device)
+
     def _shards(self, draw: Draw) -> Iterator[tuple[Shard, bool]]:
         model = self.models[draw.model]
         spec, size = self.spec(draw), self.sizes[draw]
         return sample_shards(lambda: model.denoiser, spec, size, self.device, self.cache, model.digest)
+
+
+def _make_chunk(
+    model: Model, spec: SampleSpec, start: int, stop: int, device: torch.device, cache: ShardCache
+) -> float:
+    """Make one shard; returns the seconds that sampling took."""
+    shard = timed_chunk(model.denoiser, spec, start, stop, device)
+    cache.put(spec.key(model.digest, device), start, stop, shard)
+    return shard.seconds

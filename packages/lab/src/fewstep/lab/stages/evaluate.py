@@ -31,6 +31,7 @@ from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.metrics import register_judge
 from fewstep.lab.sampling import misuse
 from fewstep.lab.shards import ShardCache
+from fewstep.lab.workers import default_workers
 
 FORMAT = 1
 FEATURES = "digit-classifier features, not Inception"
@@ -47,7 +48,7 @@ def run(ctx: StageContext) -> None:
         reference = Reference.of(samples.judge, data, ctx.stage.kid_subsets)
         results = measure(ctx, samples, plan, reference)
     write_grids(ctx.out / "grids.safetensors", samples, plan)
-    write_text(ctx.out / "results.json", json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+    write_text(ctx.out / "results.json", json.dumps(tidy(results), indent=1, allow_nan=False) + "\n")
     _say(ctx, results)
 
 
@@ -82,6 +83,7 @@ def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Sampl
         seed=ctx.stage.seed,
         chunk=ctx.stage.chunk,
         device=ctx.device,
+        workers=ctx.stage.workers or default_workers(ctx.device),
     )
 
 
@@ -94,7 +96,7 @@ def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Referenc
         "features": FEATURES,
         "settings": asdict(ctx.stage),
         "judge": {"accuracy_heldout": reference.heldout.accuracy, "accuracy_train": reference.train.accuracy},
-        "data": {"name": ctx.config.data.name, **reference.sizes},
+        "data": {"name": ctx.config.data.name, "classes": ctx.config.data.num_classes, **reference.sizes},
         "reference_check": pairs.check_reference(samples, plan),
         "teacher": distances.teacher_rows(samples, plan, reference),
         "teacher_data": distances.teacher_against_data(samples, plan, reference),
@@ -130,13 +132,15 @@ def write_grids(path: Path, samples: Samples, plan: Plan) -> None:
     replace_durably(partial_file, path)
 
 
-def finite(value: Any) -> Any:
-    """`value` with NaN and infinity replaced by None, which JSON can hold."""
+def tidy(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinity are None, and floats have six digits, more than any is known to."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: tidy(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [tidy(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def _students(ctx: StageContext, name: str, models: dict[str, Model]) -> Students:

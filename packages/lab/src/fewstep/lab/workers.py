@@ -1,0 +1,76 @@
+"""Independent pieces of work on all cores: processes of one thread each.
+
+Networks of some ten megaflops gain next to nothing from threads, and all of it from processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+POLL = 0.5  # seconds between two looks at whether to stop
+
+
+def default_workers(device: torch.device) -> int:
+    """One process per core that this one may use; on a GPU, one."""
+    return len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+
+
+def spread(
+    function: Callable[..., T], arguments: Sequence[tuple[Any, ...]], workers: int, stopping: Callable[[], bool]
+) -> Iterator[tuple[int, T]]:
+    """(i, function(*arguments[i])) in the order in which they finish; fewer once `stopping` says so.
+
+    With one worker, or one piece, everything happens here. Otherwise function and arguments must be picklable, and what
+    is under way when `stopping` says so is killed: a function should leave nothing half written.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a worker was killed; what it raised itself is raised as it is.
+    """
+    if workers <= 1 or len(arguments) <= 1:
+        for i, each in enumerate(arguments):
+            yield i, function(*each)
+            if stopping():
+                return
+        return
+    context = multiprocessing.get_context("spawn")
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(min(workers, len(arguments)), context, _begin, (os.getpid(),)) as pool:
+        futures = {pool.submit(function, *each): i for i, each in enumerate(arguments)}
+        try:
+            for future in _finished(set(futures), stopping):
+                yield futures[future], future.result()
+        finally:
+            if not all(future.done() for future in futures):
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - before:
+                    worker.terminate()
+
+
+def _finished(left: set[Future[T]], stopping: Callable[[], bool]) -> Iterator[Future[T]]:
+    while left and not stopping():
+        done, left = wait(left, POLL, FIRST_COMPLETED)
+        yield from done
+
+
+def _begin(parent: int) -> None:
+    """Start of a worker: one thread, deaf to the terminal's Ctrl-C (the parent decides), gone with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
