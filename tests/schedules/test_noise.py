@@ -87,7 +87,9 @@ def test_bits_are_these_on_every_machine() -> None:
 def test_streams_seeds_and_kinds_are_independent() -> None:
     """t, w and noise are drawn from one seed; correlated draws would tie the noise level to the image's noise."""
     seeds = sample_seeds(5, 1, torch.arange(20000))
+    radius = seeded_noise(seeds, (2,)).square().sum(1)            # of the first word alone: exp(-radius / 2)
     draws = torch.stack([
+        (-radius / 2).exp() - 0.5,
         seeded_noise(seeds, (2,), stream=0)[:, 0], seeded_noise(seeds, (2,), stream=0)[:, 1],
         seeded_noise(seeds, (), stream=1), seeded_noise(seeds, (), stream=2**32 - 1),
         seeded_uniform(seeds) - 0.5, seeded_uniform(seeds, stream=1) - 0.5, seeded_noise(seeds.roll(1), ()),

@@ -189,7 +189,8 @@ def test_half_precision_outputs_are_used_in_float32() -> None:
             got = guided_update(raw, z, t, s, Cosine(), 2.0, kind=kind, noise=noise)  # type: ignore[arg-type]
         assert got.dtype == torch.float32
         assert torch.equal(got, guided_update(wide, z, t, s, Cosine(), 2.0, kind=kind, noise=noise))  # type: ignore[arg-type]
-    assert guided_update(raw, z.bfloat16(), t, s, Cosine()).dtype == torch.float32
+    half = guided_update(raw, z.bfloat16(), t, s, Cosine())       # a bf16 state: its coefficients must not be bf16 too
+    assert torch.equal(half, guided_update(raw, z.bfloat16().float(), t, s, Cosine()))
 
 
 def test_gradients_and_tangents() -> None:
