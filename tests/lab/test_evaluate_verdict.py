@@ -6,7 +6,7 @@ import math
 
 from fewstep.lab.config import EvaluateConfig, PairedTarget, TargetsConfig
 from fewstep.lab.evaluation.verdict import targets
-from fewstep.lab.stages.evaluate import finite
+from fewstep.lab.stages.evaluate import tidy
 
 RESULTS = {
     "teacher": [{"w": 0.0, "accuracy": 0.9, "fid_heldout": 2.0}, {"w": 1.0, "accuracy": 0.995, "fid_heldout": 9.0}],
@@ -56,4 +56,5 @@ def test_nothing_asked_nothing_judged() -> None:
 
 def test_results_hold_no_nan() -> None:
     """NaN is no JSON: a browser or jq would refuse the whole file."""
-    assert finite({"a": [math.nan, 1.0, {"b": -math.inf}], "c": "nan"}) == {"a": [None, 1.0, {"b": None}], "c": "nan"}
+    found = tidy({"a": [math.nan, 1 / 3, {"b": -math.inf}], "c": "nan", "d": 3})
+    assert found == {"a": [None, 0.333333, {"b": None}], "c": "nan", "d": 3}

@@ -75,7 +75,7 @@ def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:
 
     _require(args.sampler in SAMPLERS, "--sampler", args.sampler, f"one of {', '.join(SAMPLERS)}")
     _require(args.w >= 0 and math.isfinite(args.w), "--w", args.w, "0 (no guidance) or more")
-    steps = args.steps or (network.trained.steps if network.trained else None)
+    steps = network.trained.steps if args.steps is None and network.trained else args.steps
     if steps is None or steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more; only a distilled model knows its number of steps")
     shape = cast(Network, network.network).input_shape
