@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill import DenoiserTraining, GuidanceDistillation
-from fewstep.lab.config import GuideConfig, TeacherConfig, TrainingConfig
+from fewstep.lab.config import ConfigError, GuideConfig, TeacherConfig, TrainingConfig
 from fewstep.lab.context import Interrupted
 from fewstep.lab.data import Split
 from fewstep.lab.signals import stop_on_signals
@@ -254,6 +254,12 @@ def test_only_the_student_is_trained_and_its_embedding_of_w_is(tmp_path: Path) -
     guidance = student.network.conditioning.guidance
     assert guidance is not None
     assert all(float(weight.detach().abs().sum()) > 0 for weight in guidance.project.parameters())
+
+
+def test_batch_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.lab.distributed.world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="batch_size=8: must be a multiple of 6"):
+        trainer(tmp_path, teacher_options(accumulate=2))
 
 
 @pytest.mark.parametrize("change", [{"betas": [0.8, 0.99]}, {"lr": 2e-3}, {"weight_decay": 0.5}, {"grad_clip": 0.01}])

@@ -43,10 +43,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    print(
-        f"UNet {args.network}, batch {args.batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    teacher = build_denoiser(Config(name="benchmark"), NetworkConfig(preset=args.network), seed=0).to(device)
+    circumstances = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"UNet {args.network}, batch {args.batch}, {circumstances}")
+    teacher = build_denoiser(Config(name="benchmark"), NetworkConfig(preset=args.network)).to(device)
     guided = with_guidance_input(teacher)
     guided.trained = Trained("guided", w_range=(0.0, 4.0))
     one = GuidanceDistillation(teacher, with_guidance_input(teacher), teacher.null_cond)

@@ -2,21 +2,18 @@
 
 from typing import Any, cast
 
-import torch
-
 from fewstep.lab.config import Config, ConfigError, NetworkConfig, StudentNetworkConfig
 from fewstep.models import PRESETS, NetworkDenoiser, build_network, init_from, with_guidance_input
 from fewstep.schedules import Prediction, schedule_from_config
 
 
-def build_denoiser(config: Config, network: NetworkConfig, seed: int) -> NetworkDenoiser:
-    """A fresh denoiser of the experiment's data, schedule and prediction, on the CPU; its weights follow from `seed`.
+def build_denoiser(config: Config, network: NetworkConfig) -> NetworkDenoiser:
+    """A freshly initialised denoiser of the experiment's data, schedule and prediction, on the CPU.
 
     Raises:
         ConfigError: unknown type, preset or override, or one that contradicts the data.
     """
     arguments = network_arguments(config, network)
-    torch.manual_seed(seed)
     try:
         built = build_network(arguments)
     except (ValueError, TypeError) as error:

@@ -40,7 +40,7 @@ def run_experiment(config: Config, *, until: str | None = None, strict: bool = F
 
 
 def _stages(config: Config, until: str | None) -> list[str]:
-    build_denoiser(config, config.network, seed=0)  # the network's config is checked here, before anything runs
+    build_denoiser(config, config.network)  # the network's config is checked here, before anything runs
     order = stage_order(config)
     if until is None:
         return order

@@ -32,19 +32,18 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.device = device
 
-    def add(self, logs: dict[str, Tensor | float]) -> None:
+    def add(self, logs: dict[str, Tensor]) -> None:
         """Take in the values of one update."""
         for name, value in logs.items():
-            zero = torch.zeros((), device=self.device)
-            self.sums[name] = self.sums.get(name, zero) + torch.as_tensor(value, device=self.device).detach()
-            self.counts[name] = self.counts.get(name, zero) + 1
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
         """The means over updates and processes; the sums start anew."""
-        found = {name: float(distributed.mean(self.sums[name] / self.counts[name])) for name in self.sums}
+        found = {name: float(distributed.mean(value / self.counts[name])) for name, value in self.sums.items()}
         self.sums, self.counts = {}, {}
         return found
 
@@ -76,8 +75,13 @@ def clip_(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
     return nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
 
 
-def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `state` under a flat name."""
+def checkpoint_of(state: State) -> Checkpoint:
+    """The state as it is saved."""
+    meta = {"scaler": state.scaler.state_dict(), "counts": dict(state.meter.counts)}
+    return Checkpoint(state.step, dict(_tensors(state)), meta)
+
+
+def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     for name, network in state.networks.items():
         yield from ((f"network/{name}/{key}", value) for key, value in network.state_dict().items())
     for name, optimizer in state.optimizers.items():
@@ -87,11 +91,10 @@ def tensors_of(state: State) -> Iterator[tuple[str, Tensor]]:
         for name, average in state.ema.average.items():
             yield from ((f"ema/{name}/{key}", value) for key, value in average.items())
     yield from ((f"sum/{name}", value) for name, value in state.meter.sums.items())
-    yield from ((f"count/{name}", value) for name, value in state.meter.counts.items())
 
 
 def load_state(state: State, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's tensors where `tensors_of` took them from.
+    """Put a checkpoint's tensors where `checkpoint_of` took them from.
 
     Raises:
         CheckpointError: they are those of other networks.
@@ -109,9 +112,8 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
     except (RuntimeError, KeyError, IndexError) as error:
         what = f"checkpoint of update {checkpoint.step}"
         raise CheckpointError(f"{what}: not of these networks ({_brief(error)})") from error
-    device = state.meter.device
-    state.meter.sums = {name: value.to(device) for name, value in _under(tensors, "sum/").items()}
-    state.meter.counts = {name: value.to(device) for name, value in _under(tensors, "count/").items()}
+    state.meter.sums = {name: value.to(state.meter.device) for name, value in _under(tensors, "sum/").items()}
+    state.meter.counts = checkpoint.meta["counts"]
     state.scaler.load_state_dict(checkpoint.meta["scaler"])
     state.step = checkpoint.step
 

@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fewstep.distill import Batch, Method
 from fewstep.lab import distributed
-from fewstep.lab.checkpoint import Checkpoint, load_latest, save_checkpoint
-from fewstep.lab.config import TrainingConfig
+from fewstep.lab.checkpoint import load_latest, save_checkpoint
+from fewstep.lab.config import ConfigError, TrainingConfig
 from fewstep.lab.context import Interrupted
 from fewstep.lab.data import Order, Split
 from fewstep.lab.journal import Journal
-from fewstep.lab.state import State, clip_, fresh_state, load_state, tensors_of
+from fewstep.lab.state import State, checkpoint_of, clip_, fresh_state, load_state
 from fewstep.schedules import sample_seeds
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,6 +81,7 @@ class Trainer:
         self.method, self.options, self.updates, self.seed, self.out = method, options, updates, seed, out
         self.device, self.label, self.console, self.stopping = device, label, console or Console(), stopping
         self._shown = {"bar": bar, "tensorboard": tensorboard}
+        _check_shares(options, label)
         self.split = split.to(device)
         for network in method.networks.values():
             network.train()
@@ -146,11 +147,12 @@ class Trainer:
         parts = batch.chunk(self.options.accumulate)
         total: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            with self._sync(last=i == len(parts) - 1), self._autocast():
-                loss, logs = self._loss(part, n)
+            with self._sync(last=i == len(parts) - 1):
+                with self._autocast():
+                    loss, logs = self._loss(part, n)
                 self.state.scaler.scale(loss / len(parts)).backward()
             for name, value in {**logs, "loss": loss.detach()}.items():
-                total[name] = total.get(name, 0) + torch.as_tensor(value, device=self.device) / len(parts)
+                total[name] = total.get(name, 0) + value / len(parts)
         return total
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -206,8 +208,7 @@ class Trainer:
         self._check_finite()
         self._saved = time.monotonic()
         if distributed.is_main():
-            meta = {"scaler": self.state.scaler.state_dict(), "updates": self.updates, "seed": self.seed}
-            save_checkpoint(self.out / "checkpoints", Checkpoint(self.state.step, dict(tensors_of(self.state)), meta))
+            save_checkpoint(self.out / "checkpoints", checkpoint_of(self.state))
 
     def _restore(self) -> None:
         distributed.barrier()  # nobody reads while the first process may still write from a call before
@@ -217,6 +218,13 @@ class Trainer:
             if self.state.step < self.updates:
                 text = f"{self.label}  going on after update {found.step} of {self.updates}"
                 self.console.print(text, highlight=False)
+
+
+def _check_shares(options: TrainingConfig, label: str) -> None:
+    parts = distributed.world_size() * options.accumulate
+    if options.batch_size % parts:
+        many = f"{distributed.world_size()} processes x accumulate={options.accumulate}"
+        raise ConfigError(f"stages.{label}.batch_size={options.batch_size}: must be a multiple of {parts} ({many})")
 
 
 def mix(*numbers: int) -> int:

@@ -2,22 +2,19 @@
 
 import json
 
-import torch
-
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.classifier import Classifier, ClassifierTraining, accuracy, save_classifier
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import load_data
-from fewstep.lab.stages.fit import fit, stage_seed
+from fewstep.lab.stages.fit import fit, seed_everything
 
 
 def run(ctx: StageContext) -> None:
     """Train the judge; writes `model/` and `accuracy.json`, its share of right answers on both splits."""
-    stage, data = ctx.stage, load_data(ctx.config.data)
-    torch.manual_seed(stage_seed(ctx))
+    stage, seed, data = ctx.stage, seed_everything(ctx), load_data(ctx.config.data)
     classifier = Classifier(ctx.config.data.channels, ctx.config.data.num_classes, stage.width).to(ctx.device)
-    fit(ctx, ClassifierTraining(classifier, stage.max_shift, stage.noise))
+    fit(ctx, ClassifierTraining(classifier, stage.max_shift, stage.noise), seed=seed)
     if distributed.is_main():
         classifier.eval()
         splits = {"train": data.train.to(ctx.device), "heldout": data.heldout.to(ctx.device)}

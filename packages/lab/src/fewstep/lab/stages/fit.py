@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from fewstep.distill import Method
 from fewstep.lab import distributed
 from fewstep.lab.context import StageContext
@@ -15,25 +17,32 @@ def stage_seed(ctx: StageContext, *more: int) -> int:
     return mix(ctx.config.seed, int.from_bytes(ctx.stage.name.encode(), "big"), *more)
 
 
+def seed_everything(ctx: StageContext, *more: int) -> int:
+    """Make what is initialised from now on a function of the stage alone, whatever ran before; returns `stage_seed`."""
+    seed = stage_seed(ctx, *more)
+    torch.manual_seed(seed)
+    return seed
+
+
 def fit(
     ctx: StageContext,
     method: Method,
     *,
+    seed: int,
     out: Path | None = None,
     updates: int | None = None,
-    seed: int | None = None,
     label: str = "",
 ) -> None:
     """Train what `method` trains, or go on with it; its networks then hold the weights to keep (averages, if any).
 
-    The keywords are for a stage of several trainings; by default all are the stage's own.
+    out, updates and label are for a stage of several trainings; by default they are the stage's own.
     """
     state = Trainer(
         method,
         load_data(ctx.config.data).train,
         ctx.stage,
         updates=updates or ctx.stage.updates,
-        seed=stage_seed(ctx) if seed is None else seed,
+        seed=seed,
         out=out or ctx.out,
         device=ctx.device,
         label=label or ctx.stage.name,

@@ -12,7 +12,7 @@ from fewstep.distill import ProgressiveDistillation
 from fewstep.lab import distributed, record
 from fewstep.lab.context import StageContext
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
-from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, stage_seed
+from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained
 
@@ -29,14 +29,14 @@ def run(ctx: StageContext) -> None:
 
 def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -> None:
     """Train the student of `steps` steps against `teacher` taking twice as many."""
-    stage, began = ctx.stage, time.monotonic()
+    stage, began, seed = ctx.stage, time.monotonic(), seed_everything(ctx, steps)
     low, high = stage.w_range or _range_of(teacher)
     student = _student(ctx, teacher, first=steps == stage.steps[0])
     student.trained = Trained("deterministic", steps, (low, high))
     compile_networks(ctx, teacher, student)
     method = ProgressiveDistillation(teacher, student, steps, w_range=(low, high), weight=stage.weight)
     updates = stage.updates_at.get(steps, stage.updates)
-    fit(ctx, method, out=out, updates=updates, seed=stage_seed(ctx, steps), label=f"{stage.name} {steps}")
+    fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
     save_model(student, out)
     if distributed.is_main():
         record.finish(out, time.monotonic() - began)
@@ -48,7 +48,7 @@ def _student(ctx: StageContext, teacher: NetworkDenoiser, first: bool) -> Networ
     network = own_network(ctx.config, ctx.stage.student.network) if first else None
     student = copy.deepcopy(teacher)
     if network is not None:
-        own = build_denoiser(ctx.config, network, stage_seed(ctx)).to(ctx.device)
+        own = build_denoiser(ctx.config, network).to(ctx.device)
         student = guided_student(teacher, own, config_of(teacher)["guidance"]["form"], _range_of(teacher))
     return with_dropout(student, ctx.stage.dropout).to(ctx.device).requires_grad_(True)
 

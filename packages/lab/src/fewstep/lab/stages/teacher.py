@@ -3,16 +3,17 @@
 from fewstep.distill import DenoiserTraining
 from fewstep.lab.context import StageContext
 from fewstep.lab.networks import build_denoiser, with_dropout
-from fewstep.lab.stages.fit import compile_networks, fit, save_model, stage_seed
+from fewstep.lab.stages.fit import compile_networks, fit, save_model, seed_everything
 from fewstep.schedules import Trained
 
 
 def run(ctx: StageContext) -> None:
     """Train the teacher; writes `model/`, the averaged weights."""
-    stage = ctx.stage
-    fresh = build_denoiser(ctx.config, ctx.config.network, stage_seed(ctx))
+    stage, seed = ctx.stage, seed_everything(ctx)
+    fresh = build_denoiser(ctx.config, ctx.config.network)
     denoiser = with_dropout(fresh, stage.dropout).to(ctx.device)
     denoiser.trained = Trained("teacher")
     compile_networks(ctx, denoiser)
-    fit(ctx, DenoiserTraining(denoiser, denoiser.null_cond, cond_drop=stage.cond_drop, weight=stage.weight))
+    method = DenoiserTraining(denoiser, denoiser.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)
+    fit(ctx, method, seed=seed)
     save_model(denoiser, ctx.out)
