@@ -182,7 +182,24 @@ def test_timing_rows(tmp_path: Path) -> None:
     assert first["teacher"]["nfe"] == 400
     four = rows.select(first["students"], steps=4)[0]
     assert (four["ideal_by_calls"], four["ideal_by_nfe"]) == (50, 100)
+    assert first["others"] == []
     assert four["speed_up"] == pytest.approx(first["teacher"]["seconds"] / four["seconds"])
+
+
+def test_other_students_are_timed_at_a_w_of_theirs(tmp_path: Path) -> None:
+    """A student of half the size is there for its time, at the same steps as the one that targets are about."""
+    other = Students("small", {1: "small/steps_1"}, (0.5, 0.5))
+    chosen = plan(options(headline=1), others=(other,))
+    assert chosen.some_w(other) == 0.5
+    (found,) = timing.measure(samples(tmp_path, chosen), chosen)[0]["others"]
+    assert (found["stage"], found["steps"]) == ("small", 1)
+    assert found["seconds"] > 0
+
+
+def test_weights_that_no_student_was_trained_for_are_named() -> None:
+    """The curve may ask for w beyond the range: to be said before an hour of sampling, refused with --strict."""
+    assert plan(options(curve_weights=[0.0, 2.0, 4.0])).untrained_weights() == [4.0]
+    assert plan().untrained_weights() == []
 
 
 def test_interleaved_medians_meet_drift_alike() -> None:

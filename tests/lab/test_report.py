@@ -127,6 +127,18 @@ def test_targets_keep_their_verdicts(reader: Reader) -> None:
     ]  # fmt: skip
 
 
+def test_other_students_stand_beside_the_main_one(reader: Reader) -> None:
+    """A student of half the size: its parameters, bytes, time and error, each its own and not its neighbour's."""
+    rows = reader.table("students of")
+    main = [row for row in rows if row[0] == "halve"]
+    assert [row[1] for row in main] == ["0", "1", "3"]
+    assert [row[5] for row in main] == [f"{student(w, 4)['paired_error']:.3f}" for w in WEIGHTS]
+    (fast,) = (s for s in results()["timing"][-1]["students"] if s["steps"] == 4)
+    assert main[0][2:5] == ["541,000", "2.17 MB", seconds(fast["seconds"])]
+    other = results()["timing"][-1]["others"][0]["seconds"]
+    assert rows[-1] == ["halve_small", "1", "262,000", "1.05 MB", seconds(other), "0.117", "0.310"]
+
+
 def test_stage_table(reader: Reader) -> None:
     """Stage by stage, three columns per w."""
     rows = reader.table("stage")

@@ -121,6 +121,14 @@ MISUSE = r"(denoiser was trained|w = .* lies outside the range)"
 
 
 @contextmanager
+def knowingly() -> Iterator[None]:
+    """Within, a model used outside what it was trained for is no warning: whoever asked was told before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MISUSE, category=UserWarning)
+        yield
+
+
+@contextmanager
 def misuse(console: Console, strict: bool) -> Iterator[None]:
     """Within, a sampler's warning that a model is used outside what it was trained for is one line on the console.
 

@@ -53,7 +53,7 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
     noise = torch.randn(batch, *samples.shape, generator=torch.Generator().manual_seed(0)).to(samples.device)
     cond = samples.labels(batch).to(samples.device)
 
-    def run(sampler: str, denoiser: Denoiser, steps: int) -> Callable[[], Tensor]:
+    def run(sampler: str, denoiser: Denoiser, steps: int, w: float = w) -> Callable[[], Tensor]:
         return lambda: SAMPLERS[sampler](denoiser, noise, steps, cond, w)
 
     teacher = samples.models[plan.teacher]
@@ -62,6 +62,11 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
     for steps in options.steps:
         student = samples.models[plan.students.models[steps]]
         jobs[str(steps)] = run("ddim", student.denoiser, steps)
+    beside = {other.name: other for other in plan.others if options.headline in other.models}
+    for name, other in beside.items():
+        jobs[name] = run(
+            "ddim", samples.models[other.models[options.headline]].denoiser, options.headline, plan.some_w(other)
+        )
     with torch.inference_mode():
         seconds = interleaved_medians(jobs, options.timing.repeats, samples.device)
     whole = seconds["teacher"] * options.truth.steps / timed
@@ -75,6 +80,7 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
             "timed_steps": timed,
         },
         "students": [_speed_up(options, steps, seconds[str(steps)], whole, evaluations) for steps in options.steps],
+        "others": [{"stage": name, "steps": options.headline, "seconds": seconds[name]} for name in beside],
         "overhead": _overhead(samples, plan, noise, cond, w),
     }  # fmt: skip
 

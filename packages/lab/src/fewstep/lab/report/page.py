@@ -24,6 +24,7 @@ def html(material: Material, pictures: Mapping[str, str], config: str = "") -> s
         *_samples(material, pictures),
         *_targets(material),
         *_quality(material, pictures),
+        *_beside(material),
         *_responses(material),
         *_stages(material, pictures),
         *_curve(material, pictures),
@@ -84,12 +85,14 @@ def _quality(material: Material, pictures: Mapping[str, str]) -> list[str]:
         f"undistilled sampler counts two network evaluations. FID, IS, Fréchet distance: {_features(material)}."
     )
     data = results["data"]
+    workers = results["circumstances"]["workers"]
     note = (
         f"{settings['num_samples']:,} samples per row; {_features(material)}. FID against {data['heldout']:,} held-out "
         f"and {data['train']:,} training images apart; KID, precision and recall against held-out images. “Best "
         "undistilled”: the better of DDIM and DPM-Solver++(2M) at the same number of network evaluations "
         f"({W}&nbsp;&gt;&nbsp;0: half as many guided calls, at least one). The teacher is sampled with "
-        f"{_steps(settings['reference'])}; its distance to itself is between two independent sets."
+        f"{_steps(settings['reference'])}; its distance to itself is between two independent sets. Images/s: of each "
+        f"of {workers} processes."
     )
     both = [_wide(tables.to_teacher(material)), _wide(tables.to_data(material))]
     figure = _figure(pictures["quality"], caption)
@@ -114,6 +117,18 @@ def _checks(material: Material) -> list[str]:
         )
     judge = material.results["judge"]["accuracy_heldout"]
     return [_note(text) for text in [*notes, f"The judge recognises {percent(judge)} of the held-out images."]]
+
+
+def _beside(material: Material) -> list[str]:
+    table = tables.beside(material)
+    if not table.rows:
+        return []
+    text = (
+        f"<p>Students of {material.results['settings']['headline']} steps: the main one, which serves every {W}, and "
+        f"those of other trainings. Distance: Fréchet, to the teacher’s samples of the same {W}; "
+        f"{_features(material)}.</p>"
+    )
+    return ["<h2>Other students</h2>", text, _wide(table)]
 
 
 def _responses(material: Material) -> list[str]:

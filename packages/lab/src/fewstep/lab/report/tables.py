@@ -234,6 +234,27 @@ def responses(material: Material) -> Table:
     return Table(("student", "moves by", "teacher", "ratio"), rows)
 
 
+def beside(material: Material) -> Table:
+    """What else was trained, at the steps that targets are about, beside the main student: size, time, paired error."""
+    headline, timing = material.results["settings"]["headline"], material.results["timing"][-1]
+    students = material.rows(role="student", steps=headline)
+    others = material.rows(role="other", steps=headline)
+    times = {row["stage"]: row["seconds"] for row in timing["others"]}
+    (times[students[0]["stage"]],) = (row["seconds"] for row in timing["students"] if row["steps"] == headline)
+    rows = []
+    for row in students + others:
+        size = material.results["networks"][row["model"]]
+        rows.append(
+            [
+                row["stage"], f"{row['w']:g}", f"{size['parameters']:,}", f"{size['bytes'] / 1e6:.2f} MB",
+                seconds(times[row["stage"]]), fixed(row["paired_error"], 3), fixed(row["teacher_distance"], 3),
+            ]
+        )  # fmt: skip
+    groups = frozenset({len(students)})
+    header = ("students of", "w", "parameters", "on disk", f"batch of {timing['batch']}", "paired error", "distance")
+    return Table(header, rows if others else [], groups=groups)
+
+
 def networks(material: Material) -> Table:
     """Parameters and bytes of every network."""
     rows = [

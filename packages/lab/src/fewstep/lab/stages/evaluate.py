@@ -29,7 +29,7 @@ from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.verdict import targets
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.metrics import register_judge
-from fewstep.lab.sampling import misuse
+from fewstep.lab.sampling import knowingly
 from fewstep.lab.shards import ShardCache
 from fewstep.lab.workers import default_workers
 
@@ -42,11 +42,11 @@ def run(ctx: StageContext) -> None:
     """Sample, measure, write `results.json` and `grids.safetensors` (the images that the report shows)."""
     data = load_data(ctx.config.data)
     plan, models = plan_of(ctx, len(data.train))
+    say_if_untrained(ctx, plan)
     samples = samples_of(ctx, plan, models)
-    with misuse(ctx.console, ctx.strict):
-        samples.make(ctx.console, ctx.config.progress, ctx.stopping)
-        reference = Reference.of(samples.judge, data, ctx.stage.kid_subsets)
-        results = measure(ctx, samples, plan, reference)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    with knowingly():
+        results = measure(ctx, samples, plan, Reference.of(samples.judge, data, ctx.stage.kid_subsets))
     write_grids(ctx.out / "grids.safetensors", samples, plan)
     write_text(ctx.out / "results.json", json.dumps(tidy(results), indent=1, allow_nan=False) + "\n")
     _say(ctx, results)
@@ -66,6 +66,23 @@ def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Mo
     models = {name: Model(folder, ctx.device) for name, folder in folders.items()}
     students, *more = (_students(ctx, name, models) for name in (first, *others))
     return Plan(stage, teacher, guide, students, tuple(more), training_images), models
+
+
+def say_if_untrained(ctx: StageContext, plan: Plan) -> None:
+    """Warn of weights outside the students' range.
+
+    Raises:
+        ConfigError: with `strict`, that warning instead.
+    """
+    outside = plan.untrained_weights()
+    if not outside:
+        return
+    low, high = plan.students.w_range
+    text = f"stages.{ctx.stage.name}: w = {outside} lie outside the range [{low:g}, {high:g}] that {plan.students.name}"
+    text += " was trained for (w = 0 is no guidance)"
+    if ctx.strict:
+        raise ConfigError(f"{text} (--strict)")
+    ctx.console.print(f"warning: {text}", style="yellow", markup=False)
 
 
 def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Samples:
@@ -110,7 +127,7 @@ def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Referenc
         "networks": {name: model.size for name, model in samples.models.items()},
         "timing": timing.measure(samples, plan),
         "stage_seconds": stage_seconds(ctx.inputs),
-        "circumstances": circumstances(ctx.config.seed, ctx.device),
+        "circumstances": {**circumstances(ctx.config.seed, ctx.device), "workers": samples.workers},
     }
     results["targets"] = [target.to_json() for target in targets(results, ctx.stage)]
     return results
