@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from model_helpers import batch, denoiser
+from model_helpers import batch, denoiser, perturbed
 from oracles import Gaussian
 from torch import Tensor, nn
 
 from fewstep.kernels import guided_update
-from fewstep.models import GuidedDenoiser, NetworkDenoiser, UNet
+from fewstep.models import GuidedDenoiser, NetworkDenoiser, UNet, with_guidance_input
 from fewstep.schedules import Cosine, Discrete, Karras, RectifiedFlow, expand, from_x
 
 KINDS = pytest.mark.parametrize("kind", ["UNet", "DiT"])
@@ -202,6 +202,17 @@ def test_gradients_reach_every_parameter(kind: str) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     rows = model.network.conditioning.classes.weight.grad.abs().amax(1)
     assert (rows > 0).all()  # the null class among them
+
+
+@pytest.mark.slow
+@KINDS
+def test_compiles_without_graph_breaks(kind: str) -> None:
+    """A check that looks into a tensor would cut the compiled network into pieces."""
+    model = with_guidance_input(denoiser(kind))
+    perturbed(model.network.conditioning.guidance)
+    z, t, y = batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, t, y, t), model(z, t, y, t))
 
 
 @KINDS

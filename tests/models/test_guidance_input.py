@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_helpers import batch, denoiser, perturbed, tiny
 
-from fewstep.models import GuidedDenoiser, Network, with_guidance_input
+from fewstep.models import GuidedDenoiser, Network, NetworkDenoiser, with_guidance_input
 
 KINDS = pytest.mark.parametrize("kind", ["UNet", "DiT"])
 FORMS = pytest.mark.parametrize("form", ["normalized", "diffusers"])
@@ -95,6 +95,21 @@ def test_guided_student_needs_w(kind: str, form: str) -> None:
         student(z, t, y)
     with pytest.raises(ValueError, match=r"w must have shape \(3,\)"):
         student(z, t, y, torch.ones(3, 1))
+
+
+@FORMS
+def test_w_reaches_through_wrappers(form: str) -> None:
+    """Behind DistributedDataParallel and its like w was silently dropped elsewhere, and attributes are not visible."""
+    student = with_guidance_input(denoiser("UNet"), form)
+    perturbed(student.network.conditioning.guidance, std=0.1)
+    wrapped = NetworkDenoiser(torch.nn.DataParallel(student.network), student.schedule, "v")
+    z, t, y = batch()
+    assert wrapped.takes_guidance
+    assert torch.equal(wrapped.null_cond, student.null_cond)
+    for w in (3.0, torch.tensor([0.0, 1.0, 4.0])):
+        assert torch.equal(wrapped(z, t, y, w), student(z, t, y, w))
+    with pytest.raises(ValueError, match="give w"):
+        wrapped(z, t, y)
 
 
 def test_refusals() -> None:

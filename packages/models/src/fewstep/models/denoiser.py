@@ -28,6 +28,13 @@ from fewstep.schedules import (
 TIME_INPUTS = ("angle", "index")
 
 
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """What DistributedDataParallel and its like hold as `.module`, or the network itself."""
+    while isinstance(inner := getattr(network, "module", None), nn.Module):
+        network = inner
+    return network
+
+
 class NetworkDenoiser(nn.Module):
     """A network as an estimate of the clean image x under a schedule.
 
@@ -68,12 +75,12 @@ class NetworkDenoiser(nn.Module):
     @property
     def takes_guidance(self) -> bool:
         """Whether w is an input of the network."""
-        return bool(getattr(self.network, "takes_guidance", False))
+        return bool(getattr(_unwrapped(self.network), "takes_guidance", False))
 
     @property
     def null_cond(self) -> Tensor | None:
         """The null class as a tensor without dimensions, or None for an unconditional network."""
-        classes = getattr(self.network, "num_classes", None)
+        classes = getattr(_unwrapped(self.network), "num_classes", None)
         return None if classes is None else torch.tensor(classes, device=next(self.network.parameters()).device)
 
     def network_time(self, t: Tensor) -> Tensor:
