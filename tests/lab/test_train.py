@@ -120,6 +120,29 @@ def test_crash_after_a_checkpoint_repeats_the_lost_updates_and_their_metrics(tmp
     assert [line["step"] for line in metrics(tmp_path / "whole")] == [2, 4, 6, 7]
 
 
+def test_tensorboard_shows_each_update_once_after_a_crash(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Crash(Exception):
+        """Not a wish to stop: nothing is saved."""
+
+    def crash_after_five() -> bool:
+        if run.state.step == 5:
+            raise Crash
+        return False
+
+    options = teacher_options(checkpoint_updates=3)
+    run = trainer(tmp_path, options, tensorboard=True, stopping=crash_after_five)
+    with pytest.raises(Crash):
+        run.run()
+    trainer(tmp_path, options, tensorboard=True).run()  # from update 3: 4 is told again
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 7]
+    told = [line["loss"] for line in metrics(tmp_path)]
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx(told)
+
+
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

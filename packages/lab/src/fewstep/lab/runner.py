@@ -3,6 +3,7 @@
 import fcntl
 import importlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def _walk(
             _run_stage(ctx)
         except Interrupted as interrupted:
             console.print(f"{interrupted}; the same command goes on from there", highlight=False)
-            return 128 + (stop.number or 0)
+            return 128 + (stop.number or signal.SIGTERM)  # or another process was told
     return 0
 
 
