@@ -182,6 +182,7 @@ def results() -> dict[str, Any]:
             "threads": 2,
             "workers": 2,
             "peak_memory_bytes": 1_900_000_000,
+            "peak_memory_worker_bytes": 700_000_000,
             "finished": "2026-11-21T10:00:00Z",
         },
         "targets": [

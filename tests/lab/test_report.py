@@ -16,7 +16,7 @@ from PIL import Image
 from fewstep.lab.config import ConfigError
 from fewstep.lab.report import Material, page, read_grids, read_results, tables, write_report
 from fewstep.lab.report.grids import FACTOR, by_class, grid_rows, sheet
-from fewstep.lab.report.style import SETTINGS, STEP_STYLES, step_style
+from fewstep.lab.report.style import SETTINGS, STEP_STYLES, Few, step_style
 from fewstep.lab.report.tables import Table, number, seconds
 
 
@@ -227,6 +227,16 @@ def test_step_counts_look_different_from_each_other() -> None:
     assert len({colour for colour, _ in STEP_STYLES.values()}) == len(STEP_STYLES)
     assert len({marker for _, marker in STEP_STYLES.values()}) == len(STEP_STYLES)
     assert step_style(32) not in STEP_STYLES.values()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0.018, 0.5, {0.02, 0.05, 0.1, 0.2, 0.5}), (1.2, 3.3, {1.5, 2.0, 2.5, 3.0}), (0.01, 20.0, {0.01, 0.1, 1.0, 10.0})],
+)
+def test_logarithmic_axes_have_numbers_to_read(low: float, high: float, shown: set[float]) -> None:
+    """Powers of ten alone leave an axis from 1.2 to 3.3 without a single number."""
+    ticks = [tick for tick in Few().tick_values(low, high) if low <= tick <= high]
+    assert set(np.round(ticks, 6)) == shown
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fewstep.lab import record
 
 
 def circumstances(seed: int, device: torch.device) -> dict[str, Any]:
-    """Commit, seed, versions and hardware of this process, and the most memory that it held."""
+    """Commit, seed, versions and hardware of this process, and the most memory that it, or one child, held."""
     return {
         "commit": record.commit(),
         "seed": seed,
@@ -25,9 +25,14 @@ def circumstances(seed: int, device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_memory_bytes": _peak(resource.RUSAGE_SELF),
+        "peak_memory_worker_bytes": _peak(resource.RUSAGE_CHILDREN),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _peak(whose: int) -> int:
+    return resource.getrusage(whose).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def cpu_name() -> str:

@@ -38,7 +38,7 @@ class Samples:
     chunk: int
     device: torch.device
     workers: int = 1
-    _features: dict[tuple[Draw, int], Features] = field(default_factory=dict)
+    _features: dict[Draw, Features] = field(default_factory=dict)
     _seconds: dict[Draw, float] = field(default_factory=dict)
 
     def spec(self, draw: Draw) -> SampleSpec:
@@ -82,9 +82,9 @@ class Samples:
 
     def features(self, draw: Draw, count: int) -> Features:
         """What the judge sees in samples 0, ..., count - 1."""
-        if (draw, count) not in self._features:
-            self._features[draw, count] = extract(self.judge, self.batches(draw, count))
-        return self._features[draw, count]
+        if draw not in self._features:
+            self._features[draw] = extract(self.judge, self.batches(draw, self.sizes[draw]))
+        return Features(*(layer[:count] for layer in self._features[draw]))
 
     def moments(self, draw: Draw, count: int) -> Moments:
         """Mean and covariance of those features."""

@@ -192,7 +192,8 @@ def _provenance(material: Material, config: str) -> list[str]:
         "finished": found["finished"],
         "hardware": f"{found['device']}: {found['cpu']}, {found['threads']} threads",
         "software": f"Python {found['python']}, torch {found['torch']}",
-        "memory": f"at most {found['peak_memory_bytes'] / 1e9:.2f} GB (evaluation)",
+        "memory": f"evaluation: {_gigabytes(found['peak_memory_bytes'])}, and in each of {found['workers']} workers "
+        f"{_gigabytes(found['peak_memory_worker_bytes'])} at most",
         "seeds": f"{found['seed']} (training), {settings['seed']} (sampling)",
         "data": f"{data['name']}, {data['train']:,} images for training, {data['heldout']:,} held out",
         "features": results["features"],
@@ -207,6 +208,10 @@ def _provenance(material: Material, config: str) -> list[str]:
 def _features(material: Material) -> str:
     """Whose features FID and the like are measured in: said wherever such a number stands."""
     return escape(str(material.results["features"]))
+
+
+def _gigabytes(value: int) -> str:
+    return f"{value / 1e9:.2f} GB"
 
 
 def _guidance(w: float) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib import ticker
 from matplotlib.axes import Axes
 
 # Okabe and Ito (2008), cold to warm as steps get fewer; markers say the same again.
@@ -21,6 +22,8 @@ OTHER_STYLES = (("#cc79a7", "P"), ("#7a5195", "X"), ("#8c564b", "h"))
 INK, FAINT, RULE = "#1a1a1a", "#767676", "#d9d9d9"
 BASELINE_STYLES = {"ddim": ("#8c8c8c", "--", "o"), "dpmpp_2m": ("#555555", ":", "s")}
 SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "heun": "Heun"}
+
+NARROW, WIDE = 6.0, 300.0  # ratio of the ends of a logarithmic axis
 
 SETTINGS: Any = {
     "font.family": "STIXGeneral",
@@ -85,16 +88,28 @@ def step_axis(axes: Axes, steps: list[int]) -> None:
     axes.set_xlim(min(steps) / 1.25, max(steps) * 1.25)
 
 
+class Few(ticker.Locator):
+    """Ticks of a logarithmic axis: 1, 2, 5, 10, ... where it spans a good deal, round numbers where it does not."""
+
+    def __call__(self) -> Any:
+        """Values at which ticks stand now."""
+        low, high = sorted(self.axis.get_view_interval())  # type: ignore[union-attr]  # set by matplotlib before use
+        return self.tick_values(low, high)
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """Values at which ticks stand on an axis from vmin to vmax."""
+        if vmax < NARROW * vmin:
+            return ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(vmin, vmax)
+        digits = (1.0, 2.0, 5.0) if vmax < WIDE * vmin else (1.0,)
+        return ticker.LogLocator(subs=digits).tick_values(vmin, vmax)
+
+
 def plain_log(axes: Axes) -> None:
     """A logarithmic value axis with its numbers written out."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(mpl.ticker.FuncFormatter(_minor))
-
-
-def _minor(value: float, _: int) -> str:
-    digit = f"{value:e}"[0]
-    return f"{value:,g}" if digit in "25" else ""
+    axes.yaxis.set_major_locator(Few())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def count_steps(steps: int) -> str:

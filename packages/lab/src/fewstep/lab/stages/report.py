@@ -5,6 +5,7 @@ from __future__ import annotations
 from fewstep.lab.context import StageContext
 from fewstep.lab.journal import read_metrics
 from fewstep.lab.report import Material, read_grids, read_results, write_report
+from fewstep.lab.report.style import count_steps
 
 
 def run(ctx: StageContext) -> None:
@@ -24,5 +25,5 @@ def training_curves(ctx: StageContext) -> dict[str, list[dict[str, float]]]:
         found[name] = read_metrics(folder / "metrics.jsonl")
         steps = getattr(ctx.config.stages[name], "steps", []) if ctx.config.stages[name].kind == "halve" else []
         for count in steps:
-            found[f"{name}, {count} steps"] = read_metrics(folder / f"steps_{count}" / "metrics.jsonl")
+            found[f"{name}, {count_steps(count)}"] = read_metrics(folder / f"steps_{count}" / "metrics.jsonl")
     return {name: lines for name, lines in found.items() if lines}
