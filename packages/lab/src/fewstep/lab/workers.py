@@ -53,8 +53,11 @@ def spread(
         finally:
             if not all(future.done() for future in futures):
                 pool.shutdown(wait=False, cancel_futures=True)
-                for worker in set(multiprocessing.active_children()) - before:
+                workers_left = set(multiprocessing.active_children()) - before
+                for worker in workers_left:
                     worker.terminate()
+                for worker in workers_left:
+                    worker.join()
 
 
 def _finished(left: set[Future[T]], stopping: Callable[[], bool]) -> Iterator[Future[T]]:
