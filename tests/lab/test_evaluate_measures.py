@@ -16,7 +16,7 @@ from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import distances, pairs, rows, timing
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import OTHER, Draw, Students, equal_calls
-from fewstep.lab.metrics import Moments, frechet_distance
+from fewstep.lab.metrics import Moments, frechet_distance, kernel_distance, standardised
 from fewstep.samplers import ddim, dpmpp_2m
 
 
@@ -59,6 +59,13 @@ def test_paired_error_compares_the_same_noise_class_and_w(tmp_path: Path) -> Non
         truth = dpmpp_2m(Teacher(), noise, 40, labels, 1.0).clamp(-1, 1)
         expected = (by_hand - truth).square().mean().sqrt().item()
         assert pairs.error_to_teacher(made, plan(), draw)["paired_error"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_kid_does_not_depend_on_the_scale_of_the_judges_features(reference: Reference) -> None:
+    """In features as they come it would grow with the sixth power of their scale."""
+    found, heldout = reference.train.found.features, reference.heldout.found.features
+    expected = kernel_distance(standardised(1000 * found, 1000 * heldout), standardised(heldout, heldout), 3)
+    assert reference.of_training_images()["kid"] == pytest.approx(expected.mean, rel=1e-9)
 
 
 def test_the_baseline_is_the_better_undistilled_sampler(tmp_path: Path, reference: Reference) -> None:
@@ -194,12 +201,6 @@ def test_other_students_are_timed_at_a_w_of_theirs(tmp_path: Path) -> None:
     (found,) = timing.measure(samples(tmp_path, chosen), chosen)[0]["others"]
     assert (found["stage"], found["steps"]) == ("small", 1)
     assert found["seconds"] > 0
-
-
-def test_weights_that_no_student_was_trained_for_are_named() -> None:
-    """The curve may ask for w beyond the range: to be said before an hour of sampling, refused with --strict."""
-    assert plan(options(curve_weights=[0.0, 2.0, 4.0])).untrained_weights() == [4.0]
-    assert plan().untrained_weights() == []
 
 
 def test_interleaved_medians_meet_drift_alike() -> None:

@@ -21,6 +21,7 @@ from fewstep.lab.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
+    standardised,
 )
 
 BATCH = 512  # images that the judge sees at once
@@ -51,7 +52,10 @@ class SplitFeatures:
 
 @dataclass(frozen=True)
 class Reference:
-    """The data, and how finely it is compared with. KID, precision and recall are against held-out images."""
+    """The data, and how finely it is compared with.
+
+    KID, precision and recall are against held-out images; KID in features that are standardised by theirs.
+    """
 
     train: SplitFeatures
     heldout: SplitFeatures
@@ -70,8 +74,9 @@ class Reference:
     def distances(self, found: Features, labels: Tensor) -> dict[str, Any]:
         """Everything that is measured of a set of images against the data: JSON-able."""
         moments = Moments.of(found.features)
-        kid = kernel_distance(found.features, self.heldout.found.features, self.kid_subsets)
-        precision, recall = precision_recall(found.features, self.heldout.found.features)
+        heldout = self.heldout.found.features
+        kid = kernel_distance(standardised(found.features, heldout), standardised(heldout, heldout), self.kid_subsets)
+        precision, recall = precision_recall(found.features, heldout)
         return {
             "samples": len(labels),
             "fid_heldout": frechet_distance(moments, self.heldout.moments),

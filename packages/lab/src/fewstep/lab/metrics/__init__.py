@@ -11,6 +11,7 @@ from .fidelity import (
     kernel_distance,
     precision_recall,
     register_judge,
+    standardised,
 )
 from .moments import Moments
 from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
@@ -34,4 +35,5 @@ __all__ = [
     "precision_recall",
     "register_judge",
     "squared_errors",
+    "standardised",
 ]

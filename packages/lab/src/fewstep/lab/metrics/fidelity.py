@@ -89,8 +89,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(fid_statistics_to_metric(a.statistics(), b.statistics(), False)["frechet_inception_distance"])
 
 
-def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """Inception score exp E KL(p(y|x) || p(y)) (Salimans 2016) of logits (N, K), mean of `splits` parts; in [1, K]."""
+def inception_score(logits: Tensor, splits: int = 1) -> float:
+    """Inception score exp E KL(p(y|x) || p(y)) (Salimans 2016) of logits (N, K), mean of `splits` parts; in [1, K].
+
+    One part, not the ten that are usual with 50,000 samples: p(y) of a tenth of a few hundred samples is a poor
+    estimate, and the score would depend on the number of samples through it more than on what they are.
+    """
     return float(isc_features_to_metric(logits, splits)["inception_score_mean"])
 
 
@@ -112,6 +116,17 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 50, subset_size: int = 
     return KernelDistance(
         float(found["kernel_inception_distance_mean"]), float(found["kernel_inception_distance_std"]), size
     )
+
+
+def standardised(features: Tensor, reference: Tensor) -> Tensor:
+    """Features (N, D) less the mean of the reference (M, D), over its standard deviation, dimension by dimension.
+
+    The cubic kernel of KID is made for features of about unit size: (x.y / D + 1)^3 of larger ones is ruled by the few
+    samples of the largest norm, and the distance is noise. Dimensions that are constant in the reference are only
+    shifted.
+    """
+    scale = reference.std(0)
+    return (features - reference.mean(0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 class PrecisionRecall(NamedTuple):
