@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.lab.evaluation import FORMAT
+
 STEPS, WEIGHTS = [16, 8, 4, 2, 1], [0.0, 1.0, 3.0]
 
 
@@ -99,7 +101,7 @@ def results() -> dict[str, Any]:
         }
     )
     return {
-        "format": 1,
+        "format": FORMAT,
         "experiment": "digits",
         "features": "digit-classifier features, not Inception",
         "settings": {

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab_configs import digits
 from lab_gaussians import SHAPE, Student, Teacher, exact, noise_and_labels, options, plan, samples
 from rich.console import Console
 
-from fewstep.lab.context import Interrupted
+from fewstep.lab.context import Interrupted, StageContext
 from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import distances, pairs, rows, timing
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import OTHER, Draw, Students, equal_calls
 from fewstep.lab.metrics import Moments, frechet_distance, kernel_distance, standardised
+from fewstep.lab.stages import evaluate
 from fewstep.samplers import ddim, dpmpp_2m
 
 
@@ -217,3 +219,13 @@ def test_curve_rows_are_of_equally_many_samples(tmp_path: Path, reference: Refer
     found = distances.curve_rows(samples(tmp_path, chosen), chosen, reference)
     assert {row["samples"] for row in found} == {40}
     assert [(row["w"], row["student_steps"]) for row in found[:3]] == [(0.0, None), (0.0, 4), (0.0, 1)]
+
+
+def test_measuring_stops_when_asked_to(tmp_path: Path, reference: Reference) -> None:
+    """Features and timing take minutes: a cluster that asks to stop would kill the evaluation before they end."""
+    answers = iter([False, False, True])
+    context = StageContext(
+        digits(), options(), {}, tmp_path, torch.device("cpu"), Console(quiet=True), stopping=lambda: next(answers)
+    )
+    with pytest.raises(Interrupted, match="stopped before measuring teacher; the samples are kept"):
+        evaluate.measure(context, samples(tmp_path, plan()), plan(), reference)

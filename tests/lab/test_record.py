@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 from lab_configs import altered
+from rich.console import Console
 
-from fewstep.lab import record
+from fewstep.lab import record, runner
 from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.context import Interrupted, StageContext
+from fewstep.lab.evaluation.circumstances import stage_seconds
 
 
 @pytest.mark.parametrize(
@@ -65,3 +68,27 @@ def test_commit_of_the_code_is_written(debug_config: Config, tmp_path: Path) -> 
     assert call["commit"] == record.commit()
     record.begin(debug_config, "guide", tmp_path)
     assert len(record.read_calls(tmp_path)) == 2
+
+
+def test_time_of_a_stage_is_that_of_all_its_calls(debug_config: Config, tmp_path: Path) -> None:
+    # Broken: a training that was stopped in its last minute is reported to take a minute.
+    for seconds in (100.0, 20.0):
+        record.begin(debug_config, "guide", tmp_path)
+        record.interrupt(tmp_path, seconds)
+    record.begin(debug_config, "guide", tmp_path)  # killed: nobody knows how long it worked
+    record.begin(debug_config, "guide", tmp_path)
+    record.finish(tmp_path, 3.5)
+    assert stage_seconds({"guide": tmp_path}) == {"guide": 123.5}
+
+
+def test_a_call_that_was_stopped_says_how_long_it_worked(
+    debug_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: StageContext) -> None:
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr("fewstep.lab.stages.classifier.run", stop)
+    config = altered(debug_config, "out", str(tmp_path))
+    assert runner.run_experiment(config, until="classifier", console=Console(quiet=True)) == 128 + 15
+    (call,) = record.read_calls(tmp_path / "classifier")
+    assert 0 <= call["seconds"] < 600

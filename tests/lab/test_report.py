@@ -257,7 +257,11 @@ def test_markdown_escapes_what_would_break_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "no results"), ('{"format": 1', "no results"), ('{"format": 9}', "evaluate again")]
+    ("content", "said"),
+    [
+        (None, "no results"), ('{"format": 2', "no results"), ('{"format": 9}', "evaluate again"),
+        ('{"format": 1}', "evaluate again"),
+    ],  # fmt: skip
 )
 def test_bad_results_are_one_line(tmp_path: Path, content: str | None, said: str) -> None:
     """A report of a half-written or foreign file must stop with a line that says what to do."""

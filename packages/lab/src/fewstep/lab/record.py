@@ -57,6 +57,12 @@ def begin(config: Config, stage: str, folder: Path) -> None:
     write_text(folder / "run.json", json.dumps([*calls, _circumstances()], indent=1) + "\n")
 
 
+def interrupt(folder: Path, seconds: float) -> None:
+    """Write to `run.json` how long the call lasted that `begin` entered there and that did not finish the stage."""
+    *before, last = read_calls(folder)
+    write_text(folder / "run.json", json.dumps([*before, {**last, "seconds": round(seconds, 3)}], indent=1) + "\n")
+
+
 def finish(folder: Path, seconds: float) -> None:
     """Write `DONE`: nothing in the folder is touched after it."""
     write_text(folder / "DONE", json.dumps({"seconds": round(seconds, 3), "finished": _now()}) + "\n")

@@ -86,7 +86,12 @@ def _run_stage(ctx: StageContext) -> None:
         record.begin(ctx.config, name, ctx.out)
     # Stages that train share their work between processes; the others are the first one's alone.
     if isinstance(ctx.stage, TrainingConfig) or distributed.is_main():
-        importlib.import_module(f"fewstep.lab.stages.{ctx.stage.kind}").run(ctx)
+        try:
+            importlib.import_module(f"fewstep.lab.stages.{ctx.stage.kind}").run(ctx)
+        except BaseException:
+            if distributed.is_main():
+                record.interrupt(ctx.out, time.monotonic() - began)
+            raise
     if distributed.is_main():
         seconds = time.monotonic() - began
         record.finish(ctx.out, seconds)

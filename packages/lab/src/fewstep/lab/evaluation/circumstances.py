@@ -46,5 +46,11 @@ def cpu_name() -> str:
 
 
 def stage_seconds(inputs: Mapping[str, Path]) -> dict[str, float]:
-    """Seconds that each finished stage took in the call that finished it."""
-    return {name: float(json.loads((path / "DONE").read_text())["seconds"]) for name, path in inputs.items()}
+    """Seconds that each finished stage took, over all calls that worked at it; a killed call is not known of."""
+    return {name: _seconds(path) for name, path in inputs.items()}
+
+
+def _seconds(folder: Path) -> float:
+    *before, _ = record.read_calls(folder)
+    last = float(json.loads((folder / "DONE").read_text())["seconds"])
+    return last + sum(float(call.get("seconds", 0.0)) for call in before)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.lab.config import ConfigError
+from fewstep.lab.evaluation import FORMAT
 
 Row = dict[str, Any]
 
@@ -63,8 +64,8 @@ def read_results(folder: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no results of an evaluation ({error})") from error
-    if not isinstance(results, dict) or results.get("format") != 1:
-        raise ConfigError(f"{path}: not in the format that this version reads (1); evaluate again")
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise ConfigError(f"{path}: not in the format that this version reads ({FORMAT}); evaluate again")
     return results
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,9 @@ from torch import Tensor
 from fewstep.lab.checkpoint import replace_durably, write_text
 from fewstep.lab.classifier import Classifier, load_classifier
 from fewstep.lab.config import ConfigError, EvaluateConfig
-from fewstep.lab.context import StageContext
+from fewstep.lab.context import Interrupted, StageContext
 from fewstep.lab.data import load_data
-from fewstep.lab.evaluation import distances, pairs, rows, timing
+from fewstep.lab.evaluation import FORMAT, distances, pairs, rows, timing
 from fewstep.lab.evaluation.circumstances import circumstances, stage_seconds
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import Plan, Students
@@ -33,7 +34,6 @@ from fewstep.lab.sampling import knowingly
 from fewstep.lab.shards import ShardCache
 from fewstep.lab.workers import default_workers
 
-FORMAT = 1
 FEATURES = "digit-classifier features, not Inception"
 NOISES_SHOWN = 2  # images per class in the report's grids
 
@@ -105,31 +105,43 @@ def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Sampl
 
 
 def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Reference) -> dict[str, Any]:
-    """Everything that stands in `results.json`."""
-    table = rows.all_rows(samples, plan, reference)
+    """Everything that stands in `results.json`.
+
+    Raises:
+        Interrupted: asked to stop; what was measured is measured again, from the samples that are kept.
+    """
     results: dict[str, Any] = {
         "format": FORMAT,
         "experiment": ctx.config.name,
         "features": FEATURES,
         "settings": asdict(ctx.stage),
-        "judge": {"accuracy_heldout": reference.heldout.accuracy, "accuracy_train": reference.train.accuracy},
         "data": {"name": ctx.config.data.name, "classes": ctx.config.data.num_classes, **reference.sizes},
-        "reference_check": pairs.check_reference(samples, plan),
-        "teacher": distances.teacher_rows(samples, plan, reference),
-        "teacher_data": distances.teacher_against_data(samples, plan, reference),
-        "rows": table,
-        "paired_ratios": rows.against_best(table, "paired_error"),
-        "distance_ratios": rows.against_best(table, "teacher_distance"),
-        "guidance_response": pairs.responses(samples, plan),
-        "stage_one": pairs.stage_one_rows(samples, plan),
-        "stage_shares": pairs.stage_shares(samples, plan),
-        "curve": distances.curve_rows(samples, plan, reference),
-        "networks": {name: model.size for name, model in samples.models.items()},
-        "timing": timing.measure(samples, plan),
-        "stage_seconds": stage_seconds(ctx.inputs),
-        "circumstances": {**circumstances(ctx.config.seed, ctx.device), "workers": samples.workers},
     }
-    results["targets"] = [target.to_json() for target in targets(results, ctx.stage)]
+    parts: dict[str, Callable[[], Any]] = {
+        "judge": lambda: {
+            "accuracy_heldout": reference.heldout.accuracy,
+            "accuracy_train": reference.train.accuracy,
+        },
+        "reference_check": lambda: pairs.check_reference(samples, plan),
+        "teacher": lambda: distances.teacher_rows(samples, plan, reference),
+        "teacher_data": lambda: distances.teacher_against_data(samples, plan, reference),
+        "rows": lambda: rows.all_rows(samples, plan, reference),
+        "paired_ratios": lambda: rows.against_best(results["rows"], "paired_error"),
+        "distance_ratios": lambda: rows.against_best(results["rows"], "teacher_distance"),
+        "guidance_response": lambda: pairs.responses(samples, plan),
+        "stage_one": lambda: pairs.stage_one_rows(samples, plan),
+        "stage_shares": lambda: pairs.stage_shares(samples, plan),
+        "curve": lambda: distances.curve_rows(samples, plan, reference),
+        "networks": lambda: {name: model.size for name, model in samples.models.items()},
+        "timing": lambda: timing.measure(samples, plan),
+        "stage_seconds": lambda: stage_seconds(ctx.inputs),
+        "circumstances": lambda: {**circumstances(ctx.config.seed, ctx.device), "workers": samples.workers},
+        "targets": lambda: [target.to_json() for target in targets(results, ctx.stage)],
+    }
+    for name, part in parts.items():
+        if ctx.stopping():
+            raise Interrupted(f"{ctx.stage.name}: stopped before measuring {name}; the samples are kept")
+        results[name] = part()
     return results
 
 
