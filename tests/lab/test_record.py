@@ -70,6 +70,20 @@ def test_commit_of_the_code_is_written(debug_config: Config, tmp_path: Path) -> 
     assert len(record.read_calls(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"- [a\n: b", b"17", b"\xff\xfe", b"${", b"a: ${b:", b"[1]"])
+def test_damaged_files_are_named_with_what_to_do(
+    debug_config: Config, tmp_path: Path, name: str, content: bytes
+) -> None:
+    # Broken: pages of a YAML parser, or "Expecting value: line 1" of nobody knows which file.
+    record.begin(debug_config, "guide", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        record.refuse_mixing(debug_config, "guide", tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name} is damaged: restore it, or delete {tmp_path} ")
+    assert "\n" not in str(caught.value)
+
+
 def test_time_of_a_stage_is_that_of_all_its_calls(debug_config: Config, tmp_path: Path) -> None:
     # Broken: a training that was stopped in its last minute is reported to take a minute.
     for seconds in (100.0, 20.0):

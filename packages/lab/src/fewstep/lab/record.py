@@ -7,7 +7,7 @@ threads. `DONE`: written last.
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.config import Config, ConfigError
+
+_SAME_BITS = ("world_size", "threads", "torch")  # what a call must share with the one before to give its bits
 
 
 def relevant(config: Config, stage: str, *, results_only: bool = False) -> dict[str, Any]:
@@ -33,13 +35,14 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
     """Raise if `folder` was made with a config that gives other results.
 
     Raises:
-        ConfigError: names the first such key, its old and its new value.
+        ConfigError: names the first such key, its old and its new value; or a file of the folder that is damaged.
     """
+    read_calls(folder)
     path = folder / "config.yaml"
     if not path.is_file():
         return
     # Both as they read back from a file: two configs are equal exactly when their files are.
-    old, new = _from_yaml(path.read_text()), relevant(config, stage)
+    old, new = _read(path, _from_yaml, _is_config), relevant(config, stage)
     free = set(_paths(relevant(config, stage))) - set(_paths(relevant(config, stage, results_only=True)))
     for key, before, now in _changes(old, _from_yaml(_to_yaml(new))):
         if key not in free:
@@ -74,16 +77,20 @@ def is_done(folder: Path) -> bool:
 
 
 def read_calls(folder: Path) -> list[dict[str, Any]]:
-    """What `run.json` says of each call that worked in this folder, the oldest first."""
+    """What `run.json` says of each call that worked in this folder, the oldest first.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     path = folder / "run.json"
-    return list(json.loads(path.read_text())) if path.is_file() else []
+    return list(_read(path, json.loads, _are_calls)) if path.is_file() else []
 
 
 def other_circumstances(folder: Path) -> str | None:
     """Why going on in this folder will not give the bits of an uninterrupted run, in a few words; None if it will."""
     calls = read_calls(folder)
     now = _circumstances()
-    for key in ("world_size", "threads", "torch"):
+    for key in _SAME_BITS:
         if calls and calls[-1][key] != now[key]:
             return f"{key} was {calls[-1][key]}, is {now[key]}"
     return None
@@ -144,6 +151,32 @@ def _to_yaml(tree: dict[str, Any]) -> str:
 
 def _from_yaml(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def _read(path: Path, parse: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
+    """What a file of a stage's folder holds, if it can be parsed and fits."""
+    try:
+        found = parse(path.read_text())
+    except OSError:
+        raise
+    except Exception:  # parsers of YAML raise errors of many types, even AssertionError
+        found = None
+    if fits(found):
+        return found
+    text = f"{path} is damaged: restore it, or delete {path.parent} and the stages made from it to do them anew"
+    raise ConfigError(text)
+
+
+def _is_config(found: Any) -> bool:
+    return isinstance(found, dict) and "stages" in found
+
+
+def _are_calls(found: Any) -> bool:
+    return isinstance(found, list) and bool(found) and all(_is_call(call) for call in found)
+
+
+def _is_call(found: Any) -> bool:
+    return isinstance(found, dict) and all(key in found for key in _SAME_BITS)
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
