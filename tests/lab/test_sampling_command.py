@@ -95,10 +95,18 @@ def test_grid_has_a_column_per_class(models: Path, tmp_path: Path) -> None:
 
 def test_use_that_was_not_trained_is_said(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Sampling goes on, but nobody should wonder why the images are poor."""
-    assert run(models, "student", tmp_path, "--w", "3", "--steps", "2", "--num", "2") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "trained for 4 steps" in said
-    assert "[0, 2]" in said
+    assert run(models, "student", tmp_path, "--w", "3", "--num", "2") == 0
+    assert "[0, 2]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stage_one_model_takes_any_steps(models: Path, tmp_path: Path) -> None:
+    """It was trained at every time: refusing steps would take away what it is for. It cannot guess them, though."""
+    guided = load(models / "student")
+    guided.trained = Trained("guided", None, (0.0, 2.0))
+    save(guided, tmp_path / "guided")
+    for steps in ("2", "5"):
+        assert run(tmp_path, "guided", tmp_path / steps, "--steps", steps, "--num", "2", "--strict") == 0
+    assert run(tmp_path, "guided", tmp_path / "none", "--num", "2") == 2
 
 
 @pytest.mark.parametrize(
@@ -112,9 +120,10 @@ def test_use_that_was_not_trained_is_said(models: Path, tmp_path: Path, capsys: 
         ("student", ["--num", "0"], "--num 0: must be 1 or more"),
         ("student", ["--sampler", "euler"], "one of ddim, dpmpp_2m, heun, ancestral"),
         ("student", ["--steps", "0"], "--steps 0: must be 1 or more"),
-        ("student", ["--steps", "2", "--strict"], "trained for 4 steps"),
+        ("student", ["--steps", "2"], "--steps 2: must be 4 or left out: "),
+        ("student", ["--steps", "2", "--strict"], "was trained for 4 steps"),
         ("student", ["--w", "3", "--strict"], "[0, 2]"),
-        ("teacher", [], "--steps"),
+        ("teacher", [], "teacher needs it; only a student of a few steps knows its number"),
         ("unconditional", ["--steps", "2", "--w", "1"], "only w=0 works"),
         ("unconditional", ["--steps", "2", "--w", "0", "--classes", "1"], "unconditional"),
         ("nowhere", [], "nowhere"),

@@ -28,7 +28,7 @@ MOST_COLUMNS = 20  # of a grid with a column per class
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `fewstep sample`."""
     parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: those that the model was distilled to")
+    parser.add_argument("--steps", type=int, help="sampling steps; a student of a few steps takes its own alone")
     parser.add_argument("--w", type=float, default=1.0, help="guidance weight; 0 is none (scale is 1 + w)")
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
@@ -38,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=250, help="images sampled at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--png", action="store_true", help="also write every image as its own PNG")
-    parser.add_argument("--strict", action="store_true", help="refuse steps and w that the model was not trained for")
+    parser.add_argument("--strict", action="store_true", help="refuse a w or sampler that it was not trained for")
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
     """Sample as the arguments say.
 
     Raises:
-        ConfigError: an argument that cannot be; with --strict also steps or w that the model was not trained for.
+        ConfigError: an argument that cannot be, such as steps that a student was not trained for; with --strict also a
+            w outside its range or a sampler that it was not trained for.
         ValueError, FileNotFoundError: a model folder that is damaged or missing.
     """
     import torch
@@ -75,12 +76,26 @@ def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:
 
     _require(args.sampler in SAMPLERS, "--sampler", args.sampler, f"one of {', '.join(SAMPLERS)}")
     _require(args.w >= 0 and math.isfinite(args.w), "--w", args.w, "0 (no guidance) or more")
-    steps = network.trained.steps if args.steps is None and network.trained else args.steps
-    if steps is None or steps < 1:
-        raise ConfigError(f"--steps {steps}: must be 1 or more; only a distilled model knows its number of steps")
+    steps = _steps(args, network)
     shape = cast(Network, network.network).input_shape
     classes = parse_classes(args.classes, cast(Network, network.network).num_classes)
     return SampleSpec(args.sampler, steps, args.w, args.seed, 0, shape, classes, args.chunk)
+
+
+def _steps(args: argparse.Namespace, network: NetworkDenoiser) -> int:
+    """Those asked for: any number of a teacher or a stage-one model, a student's own of a student."""
+    asked, trained = cast(int | None, args.steps), network.trained and network.trained.steps
+    if asked is None and trained is None:
+        raise ConfigError(f"--steps: {args.model} needs it; only a student of a few steps knows its number")
+    if asked is not None:
+        _require(asked >= 1, "--steps", asked, "1 or more")
+        _require(
+            trained in (None, asked),
+            "--steps",
+            asked,
+            f"{trained} or left out: {args.model} was trained for {trained} steps",
+        )
+    return asked or cast(int, trained)
 
 
 def parse_classes(text: str, num_classes: int | None) -> tuple[int, ...]:
