@@ -37,7 +37,7 @@ def _arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None)
     if rest and (stray or not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -65,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", help="folder with config.yaml, e.g. experiments/digits")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, or group=choice")
+    # The default is what makes argparse call them optional.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="any key of the config, or group=choice"
+    )
     parser.add_argument("--strict", action="store_true", help="take warnings for errors")
 
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
 from fewstep.lab.validate import validate
+from fewstep.models import PRESETS
 
 _OPEN = re.compile(r"[\w.@]*\b(overrides\.|updates_at[.=])")
 
@@ -111,10 +112,20 @@ def _suggestion(key: str, parent: Any) -> str:
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+    if "overrides" in siblings:  # a network's arguments are no keys of the schema
+        argument = difflib.get_close_matches(leaf, _network_arguments(), n=1)
+        if argument:
+            return f"; did you mean {prefix}.overrides.{argument[0]}?"
     everywhere = [path for path in _paths(parent._get_root()) if difflib.get_close_matches(leaf, [path.split(".")[-1]])]
     if everywhere:
         return f"; did you mean {' or '.join(everywhere[:3])}?"
     return f"; known: {', '.join(siblings)}"
+
+
+def _network_arguments() -> list[str]:
+    """Arguments of the networks that an experiment may set; the others are the data's affair."""
+    presets = [preset for kind in PRESETS.values() for preset in kind.values()]
+    return sorted({name for preset in presets for name in preset} - {"image_size", "in_channels", "num_classes"})
 
 
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:
