@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
-from pathlib import Path
 
-import pytest
-import torch
-from lab_configs import digits
-from lab_gaussians import options, plan
-from rich.console import Console
-
-from fewstep.lab.config import ConfigError, EvaluateConfig, PairedTarget, TargetsConfig
-from fewstep.lab.context import StageContext
+from fewstep.lab.config import EvaluateConfig, PairedTarget, TargetsConfig
 from fewstep.lab.evaluation.verdict import targets
-from fewstep.lab.stages.evaluate import say_if_untrained, tidy
+from fewstep.lab.stages.evaluate import tidy
 
 RESULTS = {
     "teacher": [{"w": 0.0, "accuracy": 0.9, "fid_heldout": 2.0}, {"w": 1.0, "accuracy": 0.995, "fid_heldout": 9.0}],
@@ -69,15 +60,7 @@ def test_results_hold_no_nan() -> None:
     assert found == {"a": [None, 0.333333, {"b": None}], "c": "nan", "d": 3}
 
 
-def test_untrained_weights_are_a_warning_or_an_error() -> None:
-    """The range is named before anything is sampled; --strict stops there."""
-    config, console = digits(), Console(record=True, width=300, file=io.StringIO())
-    chosen = plan(options(curve_weights=[4.0]))
-    context = StageContext(config, config.stages["evaluate"], {}, Path(), torch.device("cpu"), console)
-    say_if_untrained(context, plan())
-    assert console.export_text() == ""
-    say_if_untrained(context, chosen)
-    assert "[4.0] lie outside the range [0, 2]" in console.export_text()
-    strict = StageContext(config, config.stages["evaluate"], {}, Path(), torch.device("cpu"), console, strict=True)
-    with pytest.raises(ConfigError, match=r"outside the range \[0, 2\].*--strict"):
-        say_if_untrained(strict, chosen)
+def test_a_target_that_is_not_evaluated_has_no_verdict() -> None:
+    """`weights=[9]` alone must do: a user who looks at another w is not asked to rewrite the targets."""
+    asked = TargetsConfig(paired=[PairedTarget(9.0, 4, 0.1), PairedTarget(0.0, 2, 0.1), PairedTarget(0.0, 4, 0.8)])
+    assert [target.value for target in targets(RESULTS, EvaluateConfig(targets=asked))] == [0.7]

@@ -191,6 +191,8 @@ class PairedTarget:
 class TargetsConfig:
     """Figures to reach, each with its verdict in `results.json`; null, or an empty list, asks for nothing.
 
+    A target of a w or of steps that are not evaluated has no verdict, so that `weights` may be chosen freely.
+
     teacher_accuracy: class accuracy at w = 1, at least. teacher_fid: FID to held-out images at w = 0 over that of as
     many training images. reference: RMSE between the reference sampler and the many-step one. paired: see
     `PairedTarget`. distance: Frechet distance to the teacher's samples of the same w over the best undistilled

@@ -17,7 +17,7 @@ from fewstep.lab.config import Config, ConfigError, TrainingConfig
 from fewstep.lab.context import Interrupted, StageContext
 from fewstep.lab.networks import build_denoiser
 from fewstep.lab.signals import StopFlag, stop_on_signals
-from fewstep.lab.validate import stage_order
+from fewstep.lab.validate import stage_order, untrained_weights
 
 
 def run_experiment(config: Config, *, until: str | None = None, strict: bool = False, console: Console) -> int:
@@ -32,6 +32,7 @@ def run_experiment(config: Config, *, until: str | None = None, strict: bool = F
     _set_up(config, device)
     distributed.start(device)
     try:
+        _say_if_untrained(config, names, console, strict)
         with _locked(Path(config.out)), stop_on_signals() as stop:
             for name in names:
                 record.refuse_mixing(config, name, Path(config.out) / name)
@@ -56,6 +57,13 @@ def _set_up(config: Config, device: torch.device) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic and device.type == "cuda")
+
+
+def _say_if_untrained(config: Config, names: list[str], console: Console, strict: bool) -> None:
+    """Before the hours of training, not after them: w that an evaluation asks for and no student will know."""
+    for name in names:
+        if not record.is_done(Path(config.out) / name):
+            _warn(untrained_weights(config, name), console, strict)
 
 
 def _walk(
@@ -101,12 +109,18 @@ def _run_stage(ctx: StageContext) -> None:
 
 def _say_if_not_the_same(ctx: StageContext) -> None:
     difference = record.other_circumstances(ctx.out)
-    if difference is None:
+    if difference is not None:
+        text = f"{ctx.out}: {difference}: going on, but not to the same bits as an uninterrupted run"
+        _warn(text, ctx.console, ctx.strict)
+
+
+def _warn(text: str | None, console: Console, strict: bool) -> None:
+    if text is None:
         return
-    text = f"{ctx.out}: {difference}: going on, but not to the same bits as an uninterrupted run"
-    if ctx.strict:
+    if strict:
         raise ConfigError(f"{text} (--strict)")
-    ctx.console.print(f"warning: {text}", style="yellow", highlight=False)
+    if distributed.is_main():
+        console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
 
 
 @contextmanager

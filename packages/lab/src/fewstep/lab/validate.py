@@ -36,6 +36,24 @@ def validate(config: Config) -> None:
         _check_stage(f"stages.{name}", stage, config)
 
 
+def untrained_weights(config: Config, name: str) -> str | None:
+    """Which w the evaluation `name` asks for outside the range of the students that it judges, in a line; None if none.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+    """
+    stage = config.stages[name]
+    if not isinstance(stage, EvaluateConfig):
+        return None
+    judged = next(config.stages[need] for need in stage.needs if isinstance(config.stages[need], HalveConfig))
+    low, high = judged.w_range or _needs_one(f"stages.{judged.name}", judged, config, "guide").w_range
+    asked = sorted({*stage.weights, *stage.curve_weights})
+    outside = [w for w in asked if not low <= w <= high]
+    if not outside:
+        return None
+    text = f"stages.{name}: weights, curve_weights: w = {outside} lie outside the range [{low:g}, {high:g}]"
+    return f"{text} that {judged.name} is trained for (w = 0 is no guidance)"
+
+
 def stage_order(config: Config) -> list[str]:
     """Names of the stages such that each comes after what it needs, else as the config lists them.
 
@@ -148,9 +166,6 @@ def _check_evaluate(key: str, stage: EvaluateConfig, config: Config) -> None:
     judged = next(config.stages[need].steps for need in stage.needs if config.stages[need].kind == "halve")
     for steps in stage.steps:
         _require(steps in judged, f"{key}.steps", steps, f"one of the trained students' {judged}")
-    for target in stage.targets.paired:
-        _one_of(f"{key}.targets.paired.w", target.w, stage.weights)
-        _one_of(f"{key}.targets.paired.steps", target.steps, stage.steps)
 
 
 def kind_of(stage: StageConfig) -> str:

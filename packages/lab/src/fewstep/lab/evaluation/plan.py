@@ -125,11 +125,6 @@ class Plan:
         """A w that these students were trained for: the largest that is measured, else the end of their range."""
         return max(students.weights(self.options.weights), default=students.w_range[1])
 
-    def untrained_weights(self) -> list[float]:
-        """The w that are asked for and that the judged students were not trained for."""
-        asked = sorted({*self.options.weights, *self.options.curve_weights})
-        return [w for w in asked if w not in self.students.weights(asked)]
-
     def requests(self) -> dict[Draw, int]:
         """Every set with the number of samples that it needs, the check of the reference first."""
         needed: dict[Draw, int] = {}

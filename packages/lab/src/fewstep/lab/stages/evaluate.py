@@ -42,7 +42,6 @@ def run(ctx: StageContext) -> None:
     """Sample, measure, write `results.json` and `grids.safetensors` (the images that the report shows)."""
     data = load_data(ctx.config.data)
     plan, models = plan_of(ctx, len(data.train))
-    say_if_untrained(ctx, plan)
     samples = samples_of(ctx, plan, models)
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
     with knowingly():
@@ -66,23 +65,6 @@ def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Mo
     models = {name: Model(folder, ctx.device) for name, folder in folders.items()}
     students, *more = (_students(ctx, name, models) for name in (first, *others))
     return Plan(stage, teacher, guide, students, tuple(more), training_images), models
-
-
-def say_if_untrained(ctx: StageContext, plan: Plan) -> None:
-    """Warn of weights outside the students' range.
-
-    Raises:
-        ConfigError: with `strict`, that warning instead.
-    """
-    outside = plan.untrained_weights()
-    if not outside:
-        return
-    low, high = plan.students.w_range
-    text = f"stages.{ctx.stage.name}: w = {outside} lie outside the range [{low:g}, {high:g}] that {plan.students.name}"
-    text += " was trained for (w = 0 is no guidance)"
-    if ctx.strict:
-        raise ConfigError(f"{text} (--strict)")
-    ctx.console.print(f"warning: {text}", style="yellow", markup=False)
 
 
 def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Samples:
