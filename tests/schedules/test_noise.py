@@ -1,6 +1,9 @@
 """Seeded noise: known answers of the generator's authors, statistics, and bits that never depend on the batch."""
 
 import math
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,3 +129,29 @@ def test_consecutive_raw_seeds_are_independent() -> None:
 def test_bad_seeds_are_named(seeds: torch.Tensor, stream: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         seeded_noise(seeds, (3,), stream=stream)
+
+
+def test_compiled_code_leaves_the_noise_to_eager_torch() -> None:
+    """A compiler may contract a * b + c: compiled training would then draw other noise than a resumed eager one."""
+    called: list[str] = []
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        seeds = sample_seeds(0, 1, torch.arange(3))
+        return x.sin() + seeded_noise(seeds, (2,)) * seeded_uniform(seeds)[:, None]
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    x = torch.linspace(-1, 1, 6).reshape(3, 2)
+    compiled = torch.compile(noisy, backend=backend)
+    for _ in range(2):
+        assert torch.equal(compiled(x), noisy(x))
+    assert "sin" in called
+    assert not any(word in name for name in called for word in ("floor", "shift", "sqrt", "stack", "xor"))
+
+
+def test_importing_does_not_load_the_compiler() -> None:
+    """It takes as long to import as the rest of torch, and every command would wait for it."""
+    code = "import sys, fewstep.schedules; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,9 +5,11 @@ IEEE 754 rounds one way: library logarithms and cosines may differ in the last b
 of a loop, and between devices. For the same reason torch.compile, which may contract a * b + c, leaves these alone.
 """
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +22,16 @@ _UNIFORM, _NORMAL = 0, 1                                          # last counter
 
 
 def _eager(function: _F) -> _F:
-    return cast(_F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]  # torch has no types here
+    """`torch.compiler.disable`, but not before there is a compiler: importing it takes as long as the rest of torch."""
+    disabled: list[Callable[..., Tensor]] = []
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        if not disabled and "torch._dynamo" in sys.modules:       # nothing can be tracing without it
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]  # torch has no types here
+        return (disabled[0] if disabled else function)(*arguments, **options)
+
+    return cast(_F, call)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
