@@ -99,3 +99,18 @@ def test_transitions_keep_the_marginals_and_compose(schedule: Schedule) -> None:
     (first, first_noise), (second, second_noise) = schedule.transition(m, s), schedule.transition(t, m)
     torch.testing.assert_close(first * second, alpha, rtol=1e-12, atol=0)
     torch.testing.assert_close((second * first_noise) ** 2 + second_noise**2, sigma**2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_float64_times_keep_the_noise_of_the_shortest_steps(schedule: Schedule) -> None:
+    """What `transition` advises for steps that float32 cannot resolve must hold, and leave float32 images float32."""
+    t = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    s = t - 1e-7
+    # The curve is straight over so short a step: lambda_t - lambda_s = (dlambda / dt) (t - s), nothing cancels.
+    slope = torch.autograd.functional.jvp(schedule.log_snr, t - 0.5e-7, torch.ones_like(t))[1]
+    fresh = torch.sqrt(-torch.expm1(slope * (t - s)))
+    (_, sigma_t), (_, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    torch.testing.assert_close(schedule.transition(t, s)[1], sigma_t * fresh, rtol=1e-5, atol=0)
+    mean, std = schedule.posterior(torch.ones(2, 3), torch.zeros(2, 3), t, s)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(std.squeeze(1), (sigma_s * fresh).float(), rtol=1e-5, atol=0)

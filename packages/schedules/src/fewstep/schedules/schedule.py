@@ -82,6 +82,10 @@ class Schedule(ABC):
         """Return (alpha_{t|s}, sigma_{t|s}) of q(z_t | z_s) = N(alpha_{t|s} z_s, sigma_{t|s}^2 I), s <= t.
 
         Shape: (B,), (B,) -> (B,), (B,). sigma_{t|s}^2 = (1 - e^{lambda_t - lambda_s}) sigma_t^2, by expm1.
+
+        The difference of log-SNRs has the rounding error of their dtype. In float32 little of it is left where t - s
+        nears 1e-7: close to t = 1, Karras' sigma_{t|s} then is 0 and LinearBeta's 11 % off. Such steps take float64
+        times.
         """
         log_snr_t, log_snr_s = self.log_snr(t), self.log_snr(s)
         (alpha_t, sigma_t), (alpha_s, _) = alpha_sigma_of(log_snr_t, self.kind), alpha_sigma_of(log_snr_s, self.kind)
@@ -91,6 +95,7 @@ class Schedule(ABC):
         """Return mean and standard deviation of q(z_s | z_t, x), s <= t (arXiv 2202.00512, eq. 3).
 
         Shape: z_t, x (B, ...), t, s (B,) -> mean (B, ...), std (B, 1, ..., 1), float32 or wider.
+        Times closer than about 1e-7: see `transition`; float64 times leave float32 images float32.
         """
         log_snr_t, log_snr_s = self.log_snr(t), self.log_snr(s)
         (alpha_t, _), (alpha_s, sigma_s) = alpha_sigma_of(log_snr_t, self.kind), alpha_sigma_of(log_snr_s, self.kind)
