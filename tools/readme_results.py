@@ -1,6 +1,6 @@
 """Copy what a run measured into its experiment's folder, and put its picture and table into README.md.
 
-    .venv/bin/python tools/readme_results.py runs/digits_full experiments/digits
+.venv/bin/python tools/readme_results.py runs/digits_full experiments/digits
 """
 
 import json
@@ -23,17 +23,14 @@ def keep(run: Path, kept: Path) -> None:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the table's figures are, and how to make them again."""
-    settings, made, data = results["settings"], results["circumstances"], results["data"]
-    reference = f"{settings['reference']['steps']} steps of {SAMPLERS[settings['reference']['sampler']]}"
+    """Of what the table's seconds are, and how to make its figures again; what they are is in the table's own note."""
+    made, timing = results["circumstances"], results["timing"][-1]
+    teacher = timing["teacher"]
     hardware = f"{made['cpu']}, {made['threads']} threads" if made["device"] == "cpu" else made["device"]
     return (
-        f"*Error*: RMSE to the guided teacher's {reference} from the same {settings['paired_noises']:,} noises, images "
-        "in [-1, 1]; in brackets, its ratio to that of the better of DDIM and DPM-Solver++(2M) on the teacher at equal "
-        f"NFE. *FID*: {settings['num_samples']:,} samples against the {data['heldout']:,} held-out images, in features "
-        "of the digit classifier that the experiment trains (**not Inception**). *Speed-up*: over the guided teacher "
-        f"in the first row. Run `{results['experiment']}`, seed {made['seed']}, commit `{str(made['commit'])[:10]}`, "
-        f"torch {made['torch']}, {hardware}.\n"
+        f"Run `{results['experiment']}`, seed {made['seed']}, commit `{str(made['commit'])[:10]}`; seconds of the "
+        f"teacher's {teacher['steps']} {SAMPLERS[teacher['sampler']]} steps extrapolated from "
+        f"{teacher['timed_steps']}; torch {made['torch']}, {hardware}.\n"
     )
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from lab_results import STEPS, WEIGHTS, curves, grids, results
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fewstep.lab.config import ConfigError
-from fewstep.lab.report import Material, page, read_grids, read_results, tables, write_report
-from fewstep.lab.report.grids import FACTOR, by_class, grid_rows, sheet
+from fewstep.lab.context import Interrupted
+from fewstep.lab.report import Material, figures, page, read_grids, read_results, summary, tables, write_report
+from fewstep.lab.report.grids import FACTOR, banner, by_class, grid_rows, sheet
 from fewstep.lab.report.style import SETTINGS, STEP_STYLES, Few, step_style
 from fewstep.lab.report.tables import Table, number, seconds
 
@@ -103,14 +105,15 @@ def test_distances_to_the_data_are_the_results(reader: Reader) -> None:
     for row, (w, steps) in zip(rows, [(w, steps) for w in WEIGHTS for steps in STEPS], strict=True):
         found = student(w, steps)
         assert row[2:] == [
-            f"{found['fid_heldout']:.2f}", f"{found['fid_train']:.2f}", f"{found['kid']:.4f}", f"{found['is']:.2f}",
+            f"{found['fid_heldout']:.2f}", f"{found['fid_train']:.2f}", f"{found['kid']:.3f} ± {found['kid_std']:.3f}",
+            f"{found['is']:.2f}",
             f"{100 * found['precision']:.1f}%", f"{100 * found['recall']:.1f}%", f"{100 * found['accuracy']:.1f}%",
         ]  # fmt: skip
 
 
 def test_speed_table_is_the_timing(reader: Reader) -> None:
     rows = reader.table("sampler", "NFE", "batch 1")
-    assert rows[0][:2] == ["teacher, 512 steps", "1024"]
+    assert rows[0][:2] == ["teacher, DDIM 512", "1,024"]
     for row, steps in zip(rows[1:], STEPS, strict=True):
         for column, timing in zip((2, 4, 6), results()["timing"], strict=True):
             (found,) = (s for s in timing["students"] if s["steps"] == steps)
@@ -154,11 +157,83 @@ def test_readme_table_equals_the_page(written: Path) -> None:
     text = (written / "table.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    for line, steps in zip(lines[3:], STEPS, strict=True):
+    for line, steps in zip(lines[4:], STEPS, strict=True):
         for place, w in enumerate(WEIGHTS):
             row = student(w, steps)
             error = f"{row['paired_error']:.3f} ({ratio('paired_ratios', w, steps)['ratio']:.2f}×)"
             assert line[4 + 2 * place : 6 + 2 * place] == [error, f"{row['fid_heldout']:.2f} / {row['is']:.2f}"]
+
+
+def test_readme_table_names_the_sampler_of_every_figure() -> None:
+    """One row "DDIM 512, NFE 1,024" with the FID of another sampler, and for w = 0 twice its evaluations, is untrue."""
+    rows = summary.table(Material("t", results())).rows
+    assert rows[0][:2] == ["teacher, DDIM 512", "1,024 (w = 0: 512)"]
+    assert "extrapolated" in rows[0][2]
+    assert set(rows[0][4:]) == {"–"}
+    assert rows[1][:4] == ["teacher, DPM-Solver++(2M) 64", "128 (w = 0: 64)", "–", "–"]
+    assert rows[1][5] == "1.31 / 8.40"
+    changed = copy.deepcopy(results())
+    changed["settings"]["reference"] = changed["settings"]["truth"]
+    (first, second, *_) = summary.table(Material("t", changed)).rows
+    assert (first[0], first[5], second[0]) == ("teacher, DDIM 512", "1.31 / 8.40", "16 steps")
+
+
+def test_readme_table_explains_itself(written: Path) -> None:
+    """Standing in a README alone: brackets, features, sample counts and that 8 of 512 steps were timed."""
+    text = (written / "table.md").read_text()
+    assert text.startswith("FID and IS: **digit-classifier features, not Inception**.\n")
+    for part in ("in brackets, its ratio", "1,000 samples", "512 steps are extrapolated from 8 timed ones"):
+        assert part in text
+
+
+def test_headline_says_that_the_teachers_seconds_are_extrapolated(written: Path) -> None:
+    opening = (written / "index.html").read_text().split("<h2>")[0]
+    assert "extrapolated from 8 of its 512 steps" in opening
+
+
+def test_negative_shares_are_explained(written: Path) -> None:
+    """A stage that took -12% of the error away reads like a mistake."""
+    assert "It is negative where the stage came nearer" in (written / "index.html").read_text()
+
+
+def test_training_images_stand_below_as_the_ideal(reader: Reader) -> None:
+    """A KID of samples says nothing without that of perfect samples."""
+    last = reader.table("w", "sampler", "FID held-out")[-1]
+    assert last[1:5] == ["training images", "1.17", "–", "0.011 ± 0.002"]
+    assert tables.spread(-0.018, 0.0185) == "−0.018 ± 0.018"
+
+
+def legend(figure: Figure) -> list[str]:
+    (found,) = figure.legends or [figure.axes[-1].get_legend()]
+    return [text.get_text() for text in found.get_texts()]
+
+
+def test_figures_say_what_their_axes_are() -> None:
+    """A picture travels without its page: features, sample counts, and what "teacher" is where it is the floor."""
+    material = Material("t", results(), grids())
+    drawn = figures.quality(material)
+    assert sum("not Inception" in axes.get_ylabel() for axes in drawn.axes) == 3
+    assert {"teacher", "teacher against itself (floor)", figures.DEAR} <= set(legend(drawn))
+    curve = figures.fid_is(material).axes[0]
+    assert "not Inception" in curve.get_ylabel()
+    assert "not Inception; 1,000 samples per point" in curve.get_xlabel()
+
+
+def test_readme_picture_marks_baselines_that_cost_more() -> None:
+    """At x = 1 and w > 0 the undistilled samplers' one guided call costs two evaluations; at w = 0 none is dearer."""
+    material = Material("t", results(), grids())
+    drawn = banner(material, 1.0)
+    assert drawn.axes[1].get_xlabel() == "network evaluations of the student"
+    hollow = [line for line in drawn.axes[1].lines if line.get_label() == figures.DEAR]
+    assert [list(line.get_xdata()) for line in hollow] == [[1], [1]]
+    assert figures.DEAR in legend(drawn)
+    assert figures.DEAR not in legend(banner(material, 0.0))
+
+
+def test_report_stops_between_pictures(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped before quality"):
+        write_report(Material("t", results()), tmp_path, stopping=lambda: True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_page_stands_alone_beside_its_pictures(written: Path, reader: Reader) -> None:
@@ -231,7 +306,12 @@ def test_step_counts_look_different_from_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "shown"),
-    [(0.018, 0.5, {0.02, 0.05, 0.1, 0.2, 0.5}), (1.2, 3.3, {1.5, 2.0, 2.5, 3.0}), (0.01, 20.0, {0.01, 0.1, 1.0, 10.0})],
+    [
+        (0.018, 0.5, {0.02, 0.05, 0.1, 0.2, 0.5}),
+        (1.2, 3.3, {1.5, 2.0, 2.5, 3.0}),
+        (0.06, 0.45, {0.07, 0.1, 0.2, 0.3}),
+        (0.01, 20.0, {0.01, 0.1, 1.0, 10.0}),
+    ],
 )
 def test_logarithmic_axes_have_numbers_to_read(low: float, high: float, shown: set[float]) -> None:
     """Powers of ten alone leave an axis from 1.2 to 3.3 without a single number."""
@@ -259,9 +339,11 @@ def test_markdown_escapes_what_would_break_a_table() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "no results"), ('{"format": 2', "no results"), ('{"format": 9}', "evaluate again"),
+        (None, "no results"),
+        ('{"format": 2', "no results"),
+        ('{"format": 9}', "evaluate again"),
         ('{"format": 1}', "evaluate again"),
-    ],  # fmt: skip
+    ],
 )
 def test_bad_results_are_one_line(tmp_path: Path, content: str | None, said: str) -> None:
     """A report of a half-written or foreign file must stop with a line that says what to do."""
@@ -286,4 +368,4 @@ def test_results_without_a_row_say_which() -> None:
     with pytest.raises(ConfigError, match=r"rows has no row with.*'steps': 4"):
         page.html(Material("t", changed), {})
     with pytest.raises(ConfigError, match="rows has no row with"):
-        tables.summary(Material("t", changed))
+        summary.table(Material("t", changed))

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from lab_results import results
 
+from fewstep.lab.report import Material
+from fewstep.lab.report.summary import markdown
+
 TOOL = Path(__file__).parents[2] / "tools/readme_results.py"
 README = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 
@@ -18,7 +21,7 @@ def clone(tmp_path: Path) -> Path:
     for folder in ("evaluate", "report", "teacher", "halve/steps_4"):
         (tmp_path / "runs/r" / folder).mkdir(parents=True)
     (tmp_path / "runs/r/evaluate/results.json").write_text(json.dumps(results()))
-    (tmp_path / "runs/r/report/table.md").write_text("| sampler |\n| :-- |\n| 4 steps |\n")
+    (tmp_path / "runs/r/report/table.md").write_text(markdown(Material("t", results())))
     (tmp_path / "runs/r/report/readme.png").write_bytes(b"picture")
     (tmp_path / "runs/r/teacher/metrics.jsonl").write_text("teacher")
     (tmp_path / "runs/r/halve/steps_4/metrics.jsonl").write_text("four")
@@ -41,7 +44,10 @@ def test_table_picture_and_circumstances_replace_what_was_there(clone: Path) -> 
         assert text.endswith("<!-- results:end -->\nafter\n")
         assert "old" not in text
         assert text.count("| 4 steps |") == text.count("(experiments/e/results/readme.png)") == 1
-        for part in ("64 steps of DPM-Solver++(2M)", "128 noises", "1,000 samples", "not Inception"):
+        for part in (
+            "by DPM-Solver++(2M) 64 from the same 128 noises", "in brackets, its ratio", "1,000 samples",
+            "not Inception", "512 DDIM steps extrapolated from 8;",
+        ):  # fmt: skip
             assert part in text
         for part in ("seed 0", "commit `0123456789`", "An Example CPU, 2 threads"):
             assert part in text

@@ -22,22 +22,24 @@ from fewstep.lab.report.style import (
     step_style,
 )
 
+DEAR = "one guided call, which costs 2"  # undistilled samplers cannot cost less
 APART = 34  # points of a curve nearer than this, in pixels of the screen, share one label
 
 
 class Measure(NamedTuple):
-    """A measured quantity: its key in a row, the label of its axis, whether its axis is logarithmic."""
+    """A measured quantity: its key in a row, the label of its axis, whether it is logarithmic, of judged features."""
 
     key: str
     label: str
     log: bool
+    judged: bool = False
 
 
 MEASURES = (
     Measure("paired_error", "paired error (RMSE)", True),
-    Measure("teacher_distance", "Fréchet distance\nto teacher", True),
-    Measure("fid_heldout", "FID to held-out", True),
-    Measure("is", "inception score", False),
+    Measure("teacher_distance", "Fréchet distance to teacher", True, judged=True),
+    Measure("fid_heldout", "FID to held-out", True, judged=True),
+    Measure("is", "inception score", False, judged=True),
     Measure("accuracy", "class accuracy", False),
 )
 
@@ -50,18 +52,25 @@ def quality(material: Material) -> Figure:
     for line, measure in zip(panels, MEASURES, strict=True):
         for axes, w in zip(line, weights, strict=True):
             quality_panel(axes, material, measure, w)
-        line[0].set_ylabel(measure.label)
+        name_axis(line[0], material, measure)
     for axes, w in zip(panels[0], weights, strict=True):
         axes.set_title(f"$w = {w:g}$" + ("  (no guidance)" if w == 0 else ""), pad=7)
     for axes in panels[-1]:
         axes.set_xlabel("network evaluations of the student")
     figure.align_ylabels(panels[:, 0])
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    extra = [pair for pair in zip(*panels[2][0].get_legend_handles_labels(), strict=True) if pair[1] not in labels]
-    handles, labels = handles + [h for h, _ in extra], labels + [name for _, name in extra]
+    found = [dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) for axes in panels.flat]
+    entries = {label: handle for entry in found for label, handle in entry.items()}
     figure.subplots_adjust(hspace=0.16, wspace=0.09)
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.945), ncols=len(labels))
+    figure.legend(list(entries.values()), list(entries), loc="lower center", bbox_to_anchor=(0.5, 0.905), ncols=3)
     return figure
+
+
+def name_axis(axes: Axes, material: Material, measure: Measure) -> None:
+    """The measure at the left of its row and, smaller, whose features it is of."""
+    axes.set_ylabel(measure.label)
+    if measure.judged:
+        features = ",\n".join(str(material.results["features"]).split(", "))
+        axes.set_ylabel(f"{measure.label}\n{features}", fontsize=8.5, linespacing=1.15)
 
 
 def quality_panel(axes: Axes, material: Material, measure: Measure, w: float) -> None:
@@ -71,6 +80,9 @@ def quality_panel(axes: Axes, material: Material, measure: Measure, w: float) ->
         points = [row["student_steps"] for row in rows], [row[measure.key] for row in rows]
         name = f"undistilled {SAMPLER_NAMES[sampler]}"
         axes.plot(*points, color=colour, ls=dashes, marker=marker, ms=3.2, lw=1.1, label=name)
+        dear = [(row["student_steps"], row[measure.key]) for row in rows if row["nfe"] > row["student_steps"]]
+        for x, y in dear:
+            axes.plot(x, y, color=colour, marker=marker, ms=4.6, mfc="white", ls="", zorder=3, label=DEAR)
     rows = by_steps(material.rows(role="student", w=w), "steps")
     points = [row["steps"] for row in rows], [row[measure.key] for row in rows]
     axes.plot(*points, color=INK, lw=1.2, zorder=3, label="distilled")
@@ -79,8 +91,9 @@ def quality_panel(axes: Axes, material: Material, measure: Measure, w: float) ->
         axes.plot(row["steps"], row[measure.key], color=colour, marker=marker, ms=6, mec="white", mew=0.6, zorder=4)
     level = teacher_level(material, measure.key, w)
     if level is not None:
-        name = "floor (teacher against teacher)" if measure.key == "teacher_distance" else "teacher"
-        axes.axhline(level, color="#b22222", lw=0.9, ls=(0, (6, 2)), zorder=2, label=name)
+        floor = measure.key == "teacher_distance"
+        name, dashes = ("teacher against itself (floor)", "-.") if floor else ("teacher", "--")
+        axes.axhline(level, color="#b22222", lw=0.9, ls=dashes, zorder=2, label=name)
     step_axis(axes, material.steps)
     if measure.log:
         plain_log(axes)
@@ -112,8 +125,9 @@ def fid_is(material: Material) -> Figure:
     plain_log(axes)
     axes.autoscale_view()
     _name_weights(axes, sorted(material.rows("curve", student_steps=None), key=lambda row: float(row["w"])))
-    axes.set_xlabel("inception score (higher is better)")
-    axes.set_ylabel("FID to held-out (lower is better)")
+    features, count = material.results["features"], material.results["curve"][0]["samples"]
+    axes.set_xlabel(f"inception score (higher is better)\n{features}; {count:,} samples per point")
+    axes.set_ylabel(f"FID to held-out (lower is better)\n{features}")
     axes.grid(True, axis="both")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
@@ -179,7 +193,9 @@ def speed(material: Material) -> Figure:
         axes.set_title(f"batch {row['batch']}")
         axes.set_xlabel("steps of the student")
     teacher = timing[0]["teacher"]
-    panels[0][0].set_ylabel(f"speed-up over {teacher['steps']}-step teacher")
+    panels[0][0].set_ylabel(
+        f"speed-up over teacher,\n{SAMPLER_NAMES[teacher['sampler']]} {teacher['steps']} (extrapolated)"
+    )
     panels[0][-1].legend(loc="upper right")
     figure.subplots_adjust(wspace=0.09)
     return figure

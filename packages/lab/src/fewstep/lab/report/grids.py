@@ -84,8 +84,12 @@ def banner(material: Material, w: float) -> Figure:
     draw(left, material, w, per_class=1)
     quality_panel(right, material, Measure("paired_error", "", True), w)
     right.set_ylabel("paired error to the teacher (RMSE)")
-    right.set_xlabel("network evaluations per image")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.1, handlelength=1.7)
+    right.set_xlabel("network evaluations of the student")
+    handles, labels = right.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    right.legend(
+        list(entries.values()), list(entries), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handlelength=1.7
+    )
     left.set_title(f"same noise, guidance $w = {w:g}$", pad=10)
     figure.subplots_adjust(wspace=0.19)
     return figure

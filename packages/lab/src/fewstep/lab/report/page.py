@@ -45,7 +45,10 @@ def _opening(material: Material) -> str:
     ratios = _join([f"{number(row['ratio'], 2)} at {W_IS}{row['w']:g}" for row in paired])
     experiment, commit = escape(str(results["experiment"])), escape(str(results["circumstances"]["commit"])[:10])
     students = ", ".join(str(steps) for steps in material.steps)
-    made_in = f"{seconds(fast['seconds'])}, {fast['speed_up']:,.0f} times as fast as that teacher"
+    made_in = (
+        f"{seconds(fast['seconds'])}, {fast['speed_up']:,.0f} times as fast as that teacher, whose "
+        f"{seconds(teacher['seconds'])} are extrapolated from {teacher['timed_steps']} of its {teacher['steps']} steps"
+    )
     return (
         f"<header>\n<h1>{escape(material.title)}</h1>\n"
         f'<p class="by">experiment {experiment}, commit {commit}</p>\n</header>\n'
@@ -53,7 +56,8 @@ def _opening(material: Material) -> str:
         f"where {W}&nbsp;&gt;&nbsp;0), is distilled into students of {students} steps that take the guidance weight "
         f"{W} as an input: one student per number of steps serves every {W}. {W_IS}0 is no guidance; what Stable "
         f"Diffusion calls guidance scale is 1&nbsp;+&nbsp;{W}.</p>\n"
-        f"<p>The student of {headline} steps makes a batch of {batch} images in {made_in}. Its error to the teacher’s "
+        f"<p>The student of {headline} steps makes a batch of {batch} images in {made_in} "
+        f"({W_IS}{timing['w']:g}). Its error to the teacher’s "
         "images from the same noise, over that of the better undistilled sampler at as many network evaluations, is "
         f"{ratios}.</p>"
     )
@@ -80,17 +84,20 @@ def _quality(material: Material, pictures: Mapping[str, str]) -> list[str]:
     caption = (
         "<b>Students against undistilled samplers at equal cost.</b> Paired error: root mean square difference of "
         f"pixels in [−1, 1] to the teacher’s image from the same noise, class and {W} ({settings['paired_noises']:,} "
-        f"noises). Fréchet distance to the teacher’s samples of the same {W} from other noises; the dashed line there "
-        "is the distance between two sets of the teacher’s own samples, where it was measured. A guided call of an "
-        f"undistilled sampler counts two network evaluations. FID, IS, Fréchet distance: {_features(material)}."
+        f"noises). Fréchet distance to the teacher’s samples of the same {W} from other noises; the line of the "
+        "floor there is the distance between two sets of the teacher’s own samples, where it was measured. A guided "
+        "call of an undistilled sampler counts two network evaluations; hollow: its one call costs two where the "
+        f"student’s costs one. FID, IS, Fréchet distance: {_features(material)}."
     )
     data = results["data"]
     workers = results["circumstances"]["workers"]
     note = (
         f"{settings['num_samples']:,} samples per row; {_features(material)}. FID against {data['heldout']:,} held-out "
-        f"and {data['train']:,} training images apart; KID, precision and recall against held-out images. “Best "
-        "undistilled”: the better of DDIM and DPM-Solver++(2M) at the same number of network evaluations "
-        f"({W}&nbsp;&gt;&nbsp;0: half as many guided calls, at least one). The teacher is sampled with "
+        f"and {data['train']:,} training images apart; KID (mean ± standard deviation over "
+        f"{settings['kid_subsets']} subsets, features standardised by the held-out images’ mean and deviation; "
+        "unbiased, so it may be negative), precision and recall against held-out images. Training images as samples "
+        "are the ideal. “Best undistilled”: the better of DDIM and DPM-Solver++(2M) at the same number of network "
+        f"evaluations ({W}&nbsp;&gt;&nbsp;0: half as many guided calls, at least one). The teacher is sampled with "
         f"{_steps(settings['reference'])}; its distance to itself is between two independent sets. Images/s: of each "
         f"of {workers} processes."
     )
@@ -149,7 +156,8 @@ def _stages(material: Material, pictures: Mapping[str, str]) -> list[str]:
         "taught by. Line: paired error to the teacher. Grey: stage one, then the same network at the fewer DDIM steps "
         "that the first student halves."
     )
-    note = "Share: what the squared error to the teacher grew by in this stage, of that of the last student."
+    note = "Share: what the squared error to the teacher grew by in this stage, of that of the last student. "
+    note += "It is negative where the stage came nearer to the teacher than what it was taught by: errors may cancel."
     table = _wide(tables.stages(material))
     return ["<h2>Where the error comes from</h2>", _figure(pictures["stages"], caption), table, _note(note)]
 
@@ -158,7 +166,8 @@ def _curve(material: Material, pictures: Mapping[str, str]) -> list[str]:
     caption = (
         f"<b>One curve per number of steps, one point per {W}.</b> All points of a curve come from one student. "
         f"Teacher: {_steps(material.results['settings']['curve_reference'])}. "
-        f"{material.results['curve'][0]['samples']:,} samples per point; {_features(material)}."
+        f"{material.results['curve'][0]['samples']:,} samples per point; {_features(material)}. FID and IS depend on "
+        f"the number of samples: those of the tables are of {material.results['settings']['num_samples']:,}."
     )
     return ["<h2>FID and IS over guidance</h2>", _figure(pictures["fid_is"], caption)]
 
@@ -167,7 +176,7 @@ def _speed(material: Material, pictures: Mapping[str, str]) -> list[str]:
     row = material.results["timing"][0]
     teacher = row["teacher"]
     caption = (
-        f"<b>Speed-up over the {teacher['steps']}-step guided teacher.</b> By calls: as if a guided call cost as much "
+        f"<b>Speed-up over the guided teacher at {_steps(teacher)}.</b> By calls: as if a guided call cost as much "
         "as a student’s. By NFE: as if it cost twice as much."
     )
     note = (
@@ -198,7 +207,7 @@ def _provenance(material: Material, config: str) -> list[str]:
         "data": f"{data['name']}, {data['train']:,} images for training, {data['heldout']:,} held out",
         "features": results["features"],
         "sampling": f"clip=None, images clamped to [−1, 1] at the end, chunks of {settings['chunk']}",
-        "time": ", ".join(f"{name} {seconds(value)}" for name, value in results["stage_seconds"].items()),
+        "time, all calls": ", ".join(f"{name} {seconds(value)}" for name, value in results["stage_seconds"].items()),
     }
     entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     shown = f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>" if config else ""

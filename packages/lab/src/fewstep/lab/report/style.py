@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,8 @@ INK, FAINT, RULE = "#1a1a1a", "#767676", "#d9d9d9"
 BASELINE_STYLES = {"ddim": ("#8c8c8c", "--", "o"), "dpmpp_2m": ("#555555", ":", "s")}
 SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "heun": "Heun"}
 
-NARROW, WIDE = 6.0, 300.0  # ratio of the ends of a logarithmic axis
+DIGITS = ((1.0,), (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0, 7.0))  # of ticks on a logarithmic axis
+ENOUGH = 4  # ticks to read a value by
 
 SETTINGS: Any = {
     "font.family": "STIXGeneral",
@@ -89,7 +91,7 @@ def step_axis(axes: Axes, steps: list[int]) -> None:
 
 
 class Few(ticker.Locator):
-    """Ticks of a logarithmic axis: 1, 2, 5, 10, ... where it spans a good deal, round numbers where it does not."""
+    """Ticks of a logarithmic axis: the fewest of 1, 10, ... or 1, 2, 5, ... that suffice, else round numbers."""
 
     def __call__(self) -> Any:
         """Values at which ticks stand now."""
@@ -98,10 +100,12 @@ class Few(ticker.Locator):
 
     def tick_values(self, vmin: float, vmax: float) -> Any:
         """Values at which ticks stand on an axis from vmin to vmax."""
-        if vmax < NARROW * vmin:
-            return ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(vmin, vmax)
-        digits = (1.0, 2.0, 5.0) if vmax < WIDE * vmin else (1.0,)
-        return ticker.LogLocator(subs=digits).tick_values(vmin, vmax)
+        for digits in DIGITS:
+            powers = range(math.floor(math.log10(vmin)), math.ceil(math.log10(vmax)) + 1)
+            ticks = [digit * 10.0**power for power in powers for digit in digits]
+            if sum(vmin <= tick <= vmax for tick in ticks) >= ENOUGH:
+                return ticks
+        return ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(vmin, vmax)
 
 
 def plain_log(axes: Axes) -> None:

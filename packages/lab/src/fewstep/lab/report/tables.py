@@ -67,6 +67,11 @@ def fixed(value: float | None, places: int) -> str:
     return DASH if value is None else f"{value:,.{places}f}"
 
 
+def spread(mean: float, std: float) -> str:
+    """A mean with its standard deviation, both to three decimals and with a true minus sign."""
+    return f"{mean:.3f} ± {std:.3f}".replace("-", "−")
+
+
 def percent(value: float | None) -> str:
     """A share in [0, 1] as a percentage."""
     return DASH if value is None else f"{100 * value:.1f}%"
@@ -95,8 +100,8 @@ def to_teacher(material: Material) -> Table:
             material.row(section, **same) if same else {} for section in ("paired_ratios", "distance_ratios")
         )
         return [
-            str(row["nfe"]), fixed(row["paired_error"], 3), fixed(pair.get("baseline"), 3), _times(pair.get("ratio")),
-            fixed(row["teacher_distance"], 3), fixed(distance.get("baseline"), 3), _times(distance.get("ratio")),
+            str(row["nfe"]), fixed(row["paired_error"], 3), fixed(pair.get("baseline"), 3), times(pair.get("ratio")),
+            fixed(row["teacher_distance"], 3), fixed(distance.get("baseline"), 3), times(distance.get("ratio")),
             number(row["images_per_second"]),
         ]  # fmt: skip
 
@@ -104,16 +109,22 @@ def to_teacher(material: Material) -> Table:
 
 
 def to_data(material: Material) -> Table:
-    """How near samples come to the data, and whether they are what they should be."""
+    """How near samples come to the data, and whether they are what they should be; last, training images as samples."""
     header = ("w", "sampler", "FID held-out", "FID train", "KID", "IS", "precision", "recall", "accuracy")
 
     def cells(row: Row) -> list[str]:
         return [
-            fixed(row["fid_heldout"], 2), fixed(row["fid_train"], 2), fixed(row["kid"], 4), fixed(row["is"], 2),
-            percent(row["precision"]), percent(row["recall"]), percent(row["accuracy"]),
+            fixed(row["fid_heldout"], 2), fixed(row["fid_train"], 2), spread(row["kid"], row["kid_std"]),
+            fixed(row["is"], 2), percent(row["precision"]), percent(row["recall"]), percent(row["accuracy"]),
         ]  # fmt: skip
 
-    return _by_weight(material, header, cells, cells)
+    table = _by_weight(material, header, cells, cells)
+    if material.results["teacher_data"] is None:
+        return table
+    ideal = cells(material.results["teacher_data"]["training_images"])
+    ideal[1] = DASH  # to themselves
+    rows = [*table.rows, [DASH, "training images", *ideal]]
+    return Table(header, rows, text_columns=2, groups=table.groups | {len(table.rows)})
 
 
 Cells = Callable[[Row], list[str]]
@@ -126,7 +137,7 @@ def _by_weight(material: Material, header: Sequence[str], teacher: Cells, studen
     for w in material.weights:
         groups.add(len(rows))
         first = material.row("teacher", w=w)
-        rows.append([f"{w:g}", f"teacher, {_sampler(first)}", *teacher(first)])
+        rows.append([f"{w:g}", f"teacher, {named(first)}", *teacher(first)])
         judged = [material.row(role="student", w=w, steps=steps) for steps in material.steps]
         for row in judged + material.rows(role="other", w=w):
             name = "student" if row["role"] == "student" else row["stage"]
@@ -134,40 +145,14 @@ def _by_weight(material: Material, header: Sequence[str], teacher: Cells, studen
     return Table(header, rows, text_columns=2, groups=frozenset(groups))
 
 
-def _times(ratio: float | None) -> str:
+def times(ratio: float | None) -> str:
+    """A ratio as "0.76×"; a dash for None."""
     return DASH if ratio is None else f"{fixed(ratio, 2)}×"
 
 
-def _sampler(row: Row) -> str:
+def named(row: Row) -> str:
+    """A sampler and its steps in words."""
     return f"{SAMPLER_NAMES.get(row['sampler'], row['sampler'])} {row['steps']}"
-
-
-def summary(material: Material) -> Table:
-    """The table for the README: what a student costs, how fast it is, how near it comes."""
-    timing = material.results["timing"][-1]
-    teacher = timing["teacher"]
-    header = ["sampler", "NFE", f"batch of {timing['batch']}", "speed-up"]
-    first = [f"teacher, {_sampler(teacher)}", f"{teacher['nfe']:,}", seconds(teacher["seconds"]), "1×"]
-    for w in material.weights:
-        header += [f"error, w = {w:g}", f"FID / IS, w = {w:g}"]
-        first += [DASH, _fid_is(material.row("teacher", w=w))]
-    rows = [first]
-    for steps in material.steps:
-        (student,) = (row for row in timing["students"] if row["steps"] == steps)
-        cells = [count_steps(steps), str(steps), seconds(student["seconds"]), f"{student['speed_up']:,.0f}×"]
-        for w in material.weights:
-            row = material.row(role="student", w=w, steps=steps)
-            cells += [f"{fixed(row['paired_error'], 3)} ({_ratio(material, w, steps)})", _fid_is(row)]
-        rows.append(cells)
-    return Table(header, rows)
-
-
-def _fid_is(row: Row) -> str:
-    return f"{fixed(row['fid_heldout'], 2)} / {fixed(row['is'], 2)}"
-
-
-def _ratio(material: Material, w: float, steps: int) -> str:
-    return _times(material.row("paired_ratios", w=w, steps=steps)["ratio"])
 
 
 def targets(material: Material) -> Table:
@@ -190,7 +175,7 @@ def speed(material: Material) -> Table:
         header += [f"batch {row['batch']}", "speed-up"]
     header += ["ideal by calls", "by NFE"]
     teacher = timing[0]["teacher"]
-    rows = [[f"teacher, {teacher['steps']} steps", str(teacher["nfe"])]]
+    rows = [[f"teacher, {named(teacher)}", f"{teacher['nfe']:,}"]]
     for row in timing:
         rows[0] += [seconds(row["teacher"]["seconds"]), "1×"]
     rows[0] += [DASH, DASH]
@@ -228,7 +213,7 @@ def stage_name(row: Row) -> str:
 def responses(material: Material) -> Table:
     """How far guidance moves samples, students beside the teacher."""
     rows = [
-        [count_steps(row["steps"]), fixed(row["student"], 3), fixed(row["teacher"], 3), _times(row["ratio"])]
+        [count_steps(row["steps"]), fixed(row["student"], 3), fixed(row["teacher"], 3), times(row["ratio"])]
         for row in material.rows("guidance_response")
     ]
     return Table(("student", "moves by", "teacher", "ratio"), rows)

@@ -9,12 +9,12 @@ from fewstep.lab.report.style import count_steps
 
 
 def run(ctx: StageContext) -> None:
-    """Write `index.html`, its PNGs, `table.md` and `readme.png`."""
+    """Write `index.html`, its PNGs, `table.md` and `readme.png`; raises Interrupted when asked to stop."""
     folder, *_ = ctx.inputs_of_kind("evaluate").values()
     title = ctx.stage.title or f"Few-step samplers for {ctx.config.data.name}"
     material = Material(title, read_results(folder), read_grids(folder), training_curves(ctx))
     config = ctx.out / "config.yaml"
-    path = write_report(material, ctx.out, config.read_text() if config.is_file() else "")
+    path = write_report(material, ctx.out, config.read_text() if config.is_file() else "", ctx.stopping)
     ctx.console.print(f"{ctx.stage.name}  {path}", highlight=False)
 
 
