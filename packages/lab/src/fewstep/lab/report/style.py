@@ -20,7 +20,7 @@ STEP_STYLES = {
     1: ("#d55e00", "v"),
 }
 OTHER_STYLES = (("#cc79a7", "P"), ("#7a5195", "X"), ("#8c564b", "h"))
-INK, FAINT, RULE = "#1a1a1a", "#767676", "#d9d9d9"
+INK, FAINT = "#1a1a1a", "#767676"
 BASELINE_STYLES = {"ddim": ("#8c8c8c", "--", "o"), "dpmpp_2m": ("#555555", ":", "s")}
 SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "heun": "Heun"}
 
