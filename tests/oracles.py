@@ -123,6 +123,32 @@ class Unconverted:
         return Raw(output(cond), None if w is None else output(None), self.prediction)
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """A network of float32: whatever it computes with, it is given float32 and gives float32."""
+
+    denoiser: Unconverted
+
+    @property
+    def schedule(self):
+        return self.denoiser.schedule
+
+    def __call__(self, z, t, cond=None, w=None):
+        raise AssertionError("raw is there: use it")
+
+    def raw(self, z, t, cond=None, w=None):
+        assert z.dtype == t.dtype == torch.float32
+        output = self.denoiser.raw(z.double(), t.double(), cond, w)
+        return output._replace(cond_output=output.cond_output.float())
+
+
+def states(schedule, t, dtype=torch.float64):
+    """z_t of points and noise that differ for each time."""
+    generator = torch.Generator().manual_seed(1)
+    x, noise = torch.randn(2, len(t), 2, generator=generator, dtype=torch.float64)
+    return schedule.add_noise(x, t.double(), noise).to(dtype)
+
+
 def full(value, like):
     """`value` as a time for each sample of `like`."""
     return torch.full((len(like),), value, dtype=like.dtype)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracles import Gaussian, Guided, Mixture, Unconverted, full
 
-from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun
+from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun, stochastic
 from fewstep.schedules import Cosine, Karras, Raw, RectifiedFlow
 
-SAMPLERS = [ddim, ancestral, heun, dpmpp_2m]
+SAMPLERS = [ddim, stochastic, ancestral, heun, dpmpp_2m]
 every = pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda f: f.__name__)
 NOISE = torch.linspace(-2, 2, 10, dtype=torch.float64).reshape(5, 2)
 SEEDS = torch.arange(5)

@@ -95,12 +95,15 @@ def test_module_behaviour_and_attributes_pass_through() -> None:
     class Network(torch.nn.Linear):
         schedule = Cosine()
         null_cond = torch.tensor(10)
+        takes_guidance = True
 
     network = Network(2, 2)
     wrapped = reschedule(network, Karras())  # type: ignore[arg-type]  # only its parameters are asked for
     assert isinstance(wrapped, torch.nn.Module)
     assert {id(p) for p in wrapped.parameters()} == {id(p) for p in network.parameters()}
     assert wrapped.null_cond is network.null_cond
+    assert wrapped.takes_guidance is True
+    assert not hasattr(reschedule(Gaussian(Cosine()), Karras()), "takes_guidance")  # it does not say: neither do we
     gaussian = Gaussian(Cosine(), trained)
     outer = reschedule(gaussian, Karras())
     z, t = noised(Karras(), -5.0, 6.0)

@@ -1,7 +1,8 @@
 """One function per diffusion sampler, for any denoiser (z, t, cond, w) -> x that carries a `.schedule`.
 
-All take `(denoiser, noise, steps, cond=None, w=None, *, times=None, z=None, clip=None, seeds=None, callback=None)`
-and return x, shaped and typed like the start:
+`ddim`, `stochastic`, `ancestral`, `heun` and `dpmpp_2m` take
+`(denoiser, noise, steps, cond=None, w=None, *, times=None, z=None, clip=None, seeds=None, callback=None)` and return x,
+shaped and typed like the start:
 
 - denoiser: see `fewstep.schedules.Denoiser`. If it has `raw`, its outputs go unopened to `kernels.guided_update`.
 - noise: (B, ...) float32 or float64, N(0, I). The run starts from it (VP, flow) or from sigma_max times it (Karras).
@@ -18,11 +19,29 @@ and return x, shaped and typed like the start:
 
 ValueError, before compute: shapes, dtypes or ranges that cannot work. UserWarning: steps, sampler or w that differ from
 what `denoiser.trained` says. No gradient flows through a sampler; one `ddim_step` is differentiable.
+
+From images instead of noise: `encode` (back to the noise), `transfer`, `edit`, `inpaint`.
 """
 
 from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.ddim import ddim, ddim_step
 from fewstep.samplers.dpmpp_2m import dpmpp_2m
+from fewstep.samplers.edit import edit, inpaint, paste
+from fewstep.samplers.encode import encode
 from fewstep.samplers.heun import heun
+from fewstep.samplers.stochastic import stochastic
+from fewstep.samplers.transfer import transfer
 
-__all__ = ["ancestral", "ddim", "ddim_step", "dpmpp_2m", "heun"]
+__all__ = [
+    "ancestral",
+    "ddim",
+    "ddim_step",
+    "dpmpp_2m",
+    "edit",
+    "encode",
+    "heun",
+    "inpaint",
+    "paste",
+    "stochastic",
+    "transfer",
+]

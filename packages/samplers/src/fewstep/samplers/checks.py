@@ -1,6 +1,7 @@
 """Bad input to a sampler: a one-line ValueError before compute, or a warning where a denoiser was trained otherwise."""
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,26 +9,26 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.schedules import Cond, Denoiser, Trained
+from fewstep.schedules import Cond, Denoiser, Schedule, Trained
 
 ON_GRID = 1e-4  # share of a step by which a time may miss a student's grid: rounding, not another grid
+UP, DOWN = "increase strictly, from data (0) to noise (1)", "decrease strictly, from noise (1) to data (0)"
 SLACK = 1e-6  # relative: float32(0.3) is not outside a range that ends at 0.3
-CALLER = 6  # frames from warnings.warn up to the sampler's caller, torch.no_grad's wrapper included
 
 
-def time_grid(steps: int, times: Sequence[float] | Tensor | None) -> tuple[float, ...]:
-    """steps + 1 decreasing values within [0, 1]; uniform from 1 to 0 unless given."""
+def time_grid(steps: int, times: Sequence[float] | Tensor | None, *, rising: bool = False) -> tuple[float, ...]:
+    """steps + 1 decreasing values within [0, 1]; uniform from 1 to 0 unless given. `rising`: from 0 to 1 instead."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps = {steps!r}: must be an integer of at least 1")
     if times is None:
-        return tuple((steps - i) / steps for i in range(steps + 1))
+        return tuple((i if rising else steps - i) / steps for i in range(steps + 1))
     grid = tuple(float(t) for t in (times.tolist() if isinstance(times, Tensor) else times))
     if len(grid) != steps + 1:
         raise ValueError(f"times has {len(grid)} values: {steps} steps need {steps + 1}")
     if not all(0.0 <= t <= 1.0 for t in grid):
         raise ValueError(f"times = {_short(grid)}: each must lie in [0, 1] (0 = data, 1 = noise)")
-    if not all(t > s for t, s in pairwise(grid)):
-        raise ValueError(f"times = {_short(grid)}: must decrease strictly, from noise (1) to data (0)")
+    if not all((s > t) if rising else (t > s) for t, s in pairwise(grid)):
+        raise ValueError(f"times = {_short(grid)}: must {UP if rising else DOWN}")
     return grid
 
 
@@ -56,13 +57,52 @@ def leading(name: str, cond: Cond, batch: int) -> None:
             raise ValueError(f"{label} has shape {tuple(value.shape)}: its first dimension must be the batch, {batch}")
 
 
-def guidance(w: float | Tensor | None, batch: int) -> None:
-    """A guidance weight: None, a number >= 0, or (B,) of them."""
+def guidance(w: float | Tensor | None, batch: int, *, needed: bool = False) -> None:
+    """A guidance weight: None (unless the denoiser takes it as an input), a number >= 0, or (B,) of them."""
+    if w is None and needed:
+        raise ValueError("w is None: this denoiser takes the guidance weight as an input (w = 0 is no guidance)")
     if isinstance(w, Tensor) and w.shape != (batch,):
         raise ValueError(f"w has shape {tuple(w.shape)}: must be a number or have shape ({batch},)")
     low, high = _extent(w)
     if not 0.0 <= low <= high < math.inf:
         raise ValueError(f"w = {low if low < 0 else high:g}: must be finite and >= 0 (scale is 1 + w)")
+
+
+def schedules(first: str, a: Schedule, second: str, b: Schedule) -> None:
+    """Two denoisers of one run have one schedule."""
+    if a != b:
+        raise ValueError(f"{first} has schedule {a}, {second} {b}: use fewstep.schedules.reschedule")
+
+
+def pair(x: Tensor, noise: Tensor) -> None:
+    """Images and the noise for them: both as `start` wants them, and of one shape."""
+    start("x", x)
+    start("noise", noise)
+    if noise.shape != x.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}: must be that of x, {tuple(x.shape)}")
+
+
+def part(steps: int, strength: float) -> int:
+    """How many of `steps` a strength in [0, 1] leaves, rounded down; at least one."""
+    time_grid(steps, None)
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength = {strength}: must lie in [0, 1] (1 starts from pure noise)")
+    left = math.floor(strength * steps + ON_GRID)
+    if left < 1:
+        raise ValueError(f"strength = {strength:g} of {steps} steps leaves no whole step: must be at least 1/{steps}")
+    return left
+
+
+def mask(values: Tensor, x: Tensor) -> Tensor:
+    """A binary mask that covers x, as booleans; its batch and channels may be 1."""
+    sizes, want = tuple(values.shape), tuple(x.shape)
+    fits = len(sizes) == len(want) and all(a in (1, b) for a, b in zip(sizes[:2], want[:2], strict=False))
+    if not fits or sizes[2:] != want[2:]:
+        raise ValueError(f"mask has shape {sizes}: must be (B or 1, C or 1, ...) for x of shape {want}")
+    chosen = values.to(torch.bool)
+    if not bool((chosen == values).all()):
+        raise ValueError("mask is not binary: must be 1 where x is painted anew and 0 where it is kept")
+    return chosen
 
 
 def clip(bounds: tuple[float, float] | None) -> None:
@@ -98,10 +138,10 @@ def trained(denoiser: Denoiser, times: Sequence[float], w: float | Tensor | None
 
 
 def _walks_grid(times: Sequence[float], steps: int) -> bool:
-    """Whether each interval is one of the grid i / steps (an edit may start at any of its times)."""
+    """Whether each interval, run either way, is one of the grid i / steps (an edit may start at any of its times)."""
     places = [t * steps for t in times]
     return all(
-        abs(a - round(a)) < ON_GRID and abs(a - b - 1) < ON_GRID for a, b in pairwise(places)
+        abs(a - round(a)) < ON_GRID and abs(abs(a - b) - 1) < ON_GRID for a, b in pairwise(places)
     )
 
 
@@ -122,4 +162,8 @@ def _short(times: Sequence[float]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=CALLER)
+    """A warning at the line that called the package, however many of its functions and torch's wrappers lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fewstep.samplers", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

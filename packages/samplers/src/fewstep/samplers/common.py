@@ -12,10 +12,10 @@ from fewstep.samplers import checks
 from fewstep.schedules import Cond, Denoiser, Schedule, seeded_noise
 
 Weight = float | Tensor | None
-Kind = Literal["ddim", "posterior"]
+Kind = Literal["ddim", "renoise", "posterior"]
 Clip = tuple[float, float] | None
 Callback = Callable[[int, float, Tensor], None]
-Weights = Callable[[Tensor, Tensor, Schedule], tuple[Tensor, ...]]
+Weights = Callable[..., tuple[Tensor, ...]]
 
 # Stream of seeded_noise used by update 0; update i uses this + i, far from the streams of starts and training draws.
 UPDATE_STREAM = 1 << 16
@@ -30,7 +30,7 @@ class Table:
 
     def __init__(self, schedule: Schedule, times: Sequence[float], rows: Sequence[Tensor]) -> None:
         t = torch.tensor(times, dtype=torch.float64)
-        columns = [_rows(v, rows[0]) for v in (schedule.log_snr(t), *schedule.alpha_sigma(t))]
+        columns = [rows_like(v, rows[0]) for v in (schedule.log_snr(t), *schedule.alpha_sigma(t))]
         self._schedule, self._values = schedule, dict(zip(map(id, rows), zip(*columns, strict=True), strict=True))
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -44,9 +44,10 @@ class Table:
         return self._schedule.alpha_sigma(t) if known is None else (known[1], known[2])
 
 
-def _rows(column: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+def rows_like(column: Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """Each value of a column (steps + 1,) as a row like `like` (B, ...): (B,), its device and dtype."""
-    return column.to(like.dtype).to(like.device)[:, None].repeat(1, len(like)).unbind()
+    values = torch.as_tensor(column, dtype=torch.float64).to(like.dtype).to(like.device)
+    return values[:, None].repeat(1, len(like)).unbind()
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ class Run:
     table: Table
     z: Tensor
 
-    def grid(self, weights: Weights) -> list[tuple[float, ...]]:
-        """What `weights(t, s, schedule)` gives on each interval of the grid: float64 on the CPU, once per run."""
+    def grid(self, weights: Weights, reach: int = 1) -> list[tuple[float, ...]]:
+        """What `weights(t, s, ..., schedule)` gives on each interval of the grid: float64 on the CPU, once per run.
+
+        It gets each time with the `reach` times after it, where the grid has so many.
+        """
         t = torch.tensor(self.times, dtype=torch.float64)
-        columns = weights(t[:-1], t[1:], self.denoiser.schedule)
+        columns = weights(*(t[i : len(t) - reach + i] for i in range(reach + 1)), self.denoiser.schedule)
         return list(zip(*(w.tolist() for w in columns), strict=True))
 
     def x(self, z: Tensor, i: int) -> Tensor:
@@ -82,15 +86,16 @@ class Run:
     def update(self, z: Tensor, i: int, kind: Kind, on: tuple[float, ...], noise: Tensor | None = None) -> Tensor:
         """The state at times[i + 1]: a network's raw output goes unopened to kernels.guided_update, which knows `kind`.
 
-        Without one it is on[0] z + on[1] x + on[2] noise, the same to rounding.
+        Without one it is on[0] z + on[1] x + on[2] noise, the same to rounding. "renoise" goes by way of times[i + 2].
         """
         raw = getattr(self.denoiser, "raw", None)
         if raw is None:
             moved = torch.add(on[0] * z, self.x(z, i), alpha=on[1])
             return moved if noise is None else moved.add_(noise, alpha=on[2])
         t, s = self.rows[i], self.rows[i + 1]
+        jump = self.rows[i + 2] if kind == "renoise" else None
         output = raw(z, t, self.cond, self.w)
-        return guided_update(output, z, t, s, self.table, self.w, kind=kind, noise=noise, clip=self.clip)
+        return guided_update(output, z, t, s, self.table, self.w, kind=kind, noise=noise, clip=self.clip, jump=jump)
 
     def noise(self, i: int) -> Tensor:
         """N(0, I) for update i, shaped like z: from each sample's seed alone, else the global generator."""
@@ -127,12 +132,12 @@ def prepare(
     grid = checks.time_grid(steps, times)
     start = checks.start("z", z) if z is not None else checks.start("noise", noise)
     checks.leading("cond", cond, len(start))
-    checks.guidance(w, len(start))
+    checks.guidance(w, len(start), needed=bool(getattr(denoiser, "takes_guidance", False)))
     checks.clip(clip)
     checks.seeds(seeds, len(start))
     checks.trained(denoiser, grid, w, student)
     if z is None:
         start = start * denoiser.schedule.init_noise_scale
-    rows = _rows(torch.tensor(grid, dtype=torch.float64), start)
+    rows = rows_like(grid, start)
     table = Table(denoiser.schedule, grid, rows)
     return Run(denoiser, cond, w, clip, seeds, callback, grid, rows, table, start)

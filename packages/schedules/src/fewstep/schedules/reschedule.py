@@ -36,6 +36,11 @@ class Rescheduled(nn.Module):
         null_cond: Cond = getattr(self.denoiser, "null_cond", None)
         return null_cond
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether w is an input of the denoiser; like any attribute absent if the denoiser does not say."""
+        return bool(self.denoiser.takes_guidance)
+
     def inside(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return z and t as the inner denoiser knows them.
 
@@ -71,7 +76,8 @@ def reschedule(denoiser: Denoiser, schedule: Schedule) -> Denoiser:
     """Return the denoiser as seen under another schedule: same x estimate at equal log-SNR, z rescaled.
 
     The result is an `nn.Module` holding the original (or the original itself if the schedules are equal) and keeps its
-    `raw`, `trained` and `null_cond`. Beyond the inner schedule's ends the estimate at the nearer end is used.
+    `raw`, `trained`, `takes_guidance` and `null_cond`. Beyond the inner schedule's ends the estimate at the nearer end
+    is used.
     """
     if denoiser.schedule == schedule:
         return denoiser
