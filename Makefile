@@ -8,19 +8,28 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 export UV
 
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-fast lint docs gpu-check clean
+.PHONY: help setup quickstart test test-fast test-slurm test-slurm-full test-kernels-full lint docs gpu-check clean
 
 help:         ## list the targets
-	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(SYNCED)    ## create .venv with every distribution installed editable
 quickstart: setup   ## train, distil, evaluate and report on the bundled digits
 	$(BIN)/fewstep run experiments/digits
 	@echo "Report: $(CURDIR)/runs/digits/report/index.html"
 test: lint          ## lint, then every test
-	$(PYTEST)
-test-fast: setup    ## the tests that are neither slow nor packaging
-	$(PYTEST) -m "not slow and not packaging"
+	$(PYTEST) -m "not (slurm and slow)"
+test-fast: setup    ## the tests that are neither slow nor packaging nor on SLURM
+	$(PYTEST) -m "not slow and not packaging and not slurm"
+test-slurm: setup   ## jobs on a real SLURM cluster in this machine (tools/slurm_dev_cluster.sh install)
+	$(BIN)/pytest -n0 -m "slurm and not slow" tests/slurm
+test-slurm-full: setup    ## and the longer faults
+	$(BIN)/pytest -n0 -m slurm tests/slurm
+test-kernels-full: setup  ## every kernel for every architecture, by nvcc and Triton 3.9 and 3.6; before kernels are closed
+	rm -rf build/kernels && FEWSTEP_CACHE=build/kernels $(BIN)/python -m fewstep.kernels.build --all
+	FEWSTEP_KERNELS_FULL=1 $(PYTEST) tests/kernels
+	$(UV) pip install --no-config --quiet --python $(BIN)/python --target build/triton-3.6 --no-deps 'triton==3.6.*'
+	PYTHONPATH=build/triton-3.6 FEWSTEP_KERNELS_FULL=1 $(PYTEST) tests/kernels/test_ahead_of_time.py
 lint: setup         ## ruff, the floors, strict types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports

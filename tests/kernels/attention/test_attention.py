@@ -130,7 +130,7 @@ def test_packed_projection_is_q_k_v_in_that_order_heads_outermost() -> None:
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_packed_images_are_rows_of_pixels(memory_format: torch.memory_format) -> None:
     image = torch.randn(2, 24, 3, 5).contiguous(memory_format=memory_format)
-    rows = image.permute(0, 2, 3, 1).reshape(2, 15, 24)
+    rows = image.permute(0, 2, 3, 1).reshape(2, 15, 24).contiguous()
     assert torch.equal(attention_qkv(image, 2), attention_qkv(rows, 2))
 
 

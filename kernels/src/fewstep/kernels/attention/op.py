@@ -6,18 +6,36 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fewstep.kernels.attention import reference  # noqa: F401  # registers itself
-from fewstep.kernels.backend import implementation
+from fewstep.kernels.attention import fused, reference  # noqa: F401  # they register themselves
+from fewstep.kernels.attention.choice import order, order_packed, sizes, sizes_packed
+from fewstep.kernels.backend import declare, dispatch
 
 
-def _check_lengths(key_lengths: Tensor | None, batch: int, keys: int) -> None:
+def _check_lengths(key_lengths: Tensor | None, x: Tensor, keys: int) -> None:
     if key_lengths is None:
         return
-    if key_lengths.shape != (batch,) or key_lengths.is_floating_point():
-        raise ValueError(f"key_lengths {tuple(key_lengths.shape)} {key_lengths.dtype} must be ({batch},) integers")
+    if key_lengths.shape != (len(x),) or key_lengths.is_floating_point():
+        raise ValueError(f"key_lengths {tuple(key_lengths.shape)} {key_lengths.dtype} must be ({len(x)},) integers")
+    if key_lengths.device != x.device:
+        raise ValueError(f"key_lengths on {key_lengths.device} must be on the device of the queries, {x.device}")
     on_cpu = key_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
     if on_cpu and not bool(((key_lengths >= 1) & (key_lengths <= keys)).all()):      # on a GPU this would wait for it
         raise ValueError(f"key_lengths must lie in [1, {keys}], got {key_lengths.tolist()}")
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors as autocast wants them, which is how PyTorch's own operator treats its inputs."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        found = [f"{str(x.dtype).removeprefix('torch.')} on {x.device}" for x in (q, k, v)]
+        raise ValueError(f"q, k and v must have one dtype and device, got {', '.join(found)}")
 
 
 @overload
@@ -41,16 +59,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, ke
         key_lengths: (B,) integers in [1, M]: sample b attends to its first key_lengths[b] keys (padded text).
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, L) float32 or wider.
 
-    Shape: -> (B, H, L, D), dtype of q; with return_lse a pair.
+    Shape: -> (B, H, L, D), dtype of q (under autocast its dtype); with return_lse a pair.
 
     Raises:
-        ValueError: if shapes do not fit or a key length (checked on CPU tensors) is out of range.
+        ValueError: if shapes, dtypes or devices do not fit, or a key length (checked on CPU tensors) is out of range.
     """
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"need q (B, H, L, D), k and v (B, H, M, D), got {[tuple(x.shape) for x in (q, k, v)]}")
-    _check_lengths(key_lengths, len(q), k.shape[2])
+    q, k, v = _cast(q, k, v)
+    _check_alike(q, k, v)
+    _check_lengths(key_lengths, q, k.shape[2])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    result: Tensor | tuple[Tensor, Tensor] = implementation("attention")(q, k, v, scale, key_lengths, return_lse)
+    result: Tensor | tuple[Tensor, Tensor] = dispatch("attention", q, k, v, scale, key_lengths, return_lse)
     return result
 
 
@@ -69,23 +89,28 @@ def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, *, key_le
     """Return self-attention of a packed projection: q, k, v in that order, each H heads of D channels.
 
     Args:
-        qkv: (B, L, 3 H D), or (B, 3 H D, height, width) where channels_last needs no copy and L = height width.
+        qkv: (B, L, 3 H D), or (B, 3 H D, height, width), which is copied unless channels_last; L = height width.
         heads: H.
         scale, key_lengths, return_lse: as in `attention`.
 
-    Shape: -> (B, L, H D), dtype of qkv; with return_lse also (B, H, L).
+    Shape: -> (B, L, H D), dtype of qkv (under autocast its dtype); with return_lse also (B, H, L).
 
     Raises:
         ValueError: if 3 H does not divide the channels or a key length is out of range.
     """
     if qkv.ndim not in (3, 4):
         raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, L, 3 H D) or (B, 3 H D, height, width)")
-    packed = qkv.permute(0, 2, 3, 1).flatten(1, 2) if qkv.ndim == 4 else qkv
+    packed = qkv.permute(0, 2, 3, 1).flatten(1, 2).contiguous() if qkv.ndim == 4 else qkv
     if heads < 1 or packed.shape[-1] % (3 * heads):
         raise ValueError(f"heads={heads}: 3 heads must divide the channels of qkv {tuple(qkv.shape)}")
-    _check_lengths(key_lengths, len(packed), packed.shape[1])
+    (packed,) = _cast(packed)
+    _check_lengths(key_lengths, packed, packed.shape[1])
     scale = 1 / math.sqrt(packed.shape[-1] // (3 * heads)) if scale is None else scale
-    result: Tensor | tuple[Tensor, Tensor] = implementation("attention_qkv")(
-        packed, heads, scale, key_lengths, return_lse
+    result: Tensor | tuple[Tensor, Tensor] = dispatch(
+        "attention_qkv", packed, heads, scale, key_lengths, return_lse
     )
     return result
+
+
+declare("attention", order, sizes)
+declare("attention_qkv", order_packed, sizes_packed)

@@ -4,8 +4,8 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from fewstep.kernels.backend import implementation
-from fewstep.kernels.group_norm_silu import reference  # noqa: F401  # registers itself
+from fewstep.kernels.backend import dispatch
+from fewstep.kernels.group_norm_silu import fused, reference  # noqa: F401  # register themselves
 
 
 def _check(x: Tensor, groups: int, per_channel: dict[str, Tensor | None], per_sample: dict[str, Tensor | None],
@@ -18,6 +18,9 @@ def _check(x: Tensor, groups: int, per_channel: dict[str, Tensor | None], per_sa
             raise ValueError(f"{name} {tuple(value.shape)} must be {expected[name]} for x {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual {tuple(residual.shape)} must be shaped like x {tuple(x.shape)}")
+    for name, value in (per_channel | per_sample | {"residual": residual}).items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device} and x on {x.device}; both must be on one device")
 
 
 @overload
@@ -58,14 +61,14 @@ def group_norm_silu(
     Shape: -> like x; with residual_at="before" (like x, x + residual).
 
     Raises:
-        ValueError: if shapes do not fit, groups do not divide C, or act or residual_at is unknown.
+        ValueError: if shapes or devices do not fit, groups do not divide C, or act or residual_at is unknown.
     """
     if act not in ("silu", None) or residual_at not in ("after", "before"):
         raise ValueError(f'act={act!r} must be "silu" or None, residual_at={residual_at!r} "after" or "before"')
     _check(x, groups, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift}, residual)
     if residual_at == "before" and residual is None:
         raise ValueError('residual_at="before" needs a residual')
-    result: Tensor | tuple[Tensor, Tensor] = implementation("group_norm_silu")(
-        x, groups, weight, bias, eps, scale, shift, residual, act, residual_at
+    result: Tensor | tuple[Tensor, Tensor] = dispatch(
+        "group_norm_silu", x, groups, weight, bias, eps, scale, shift, residual, act, residual_at
     )
     return result

@@ -101,13 +101,26 @@ def posterior(t: Tensor, s: Tensor, schedule: ScheduleLike) -> tuple[Tensor, Ten
 @register("guided_update", "reference")
 def guided_update(
     raw: RawLike, z: Tensor, t: Tensor, s: Tensor | None, schedule: ScheduleLike, w: Tensor | float | None,
-    kind: str, noise: Tensor | None, clip: tuple[float, float] | None, jump: Tensor | None,
-) -> Tensor:
-    """Compute `fewstep.kernels.guided_update`, arguments checked."""
+    kind: str, noise: Tensor | None, clip: tuple[float, float] | None, jump: Tensor | None, with_x: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `fewstep.kernels.guided_update`, arguments checked; kind "blend" is `two_step_target`."""
     z = _wide(z)
     x = estimate(raw, z, t, schedule, w)
     if clip is not None:
         x = x.clamp(*clip)
+    moved = _moved(z, x, t, s, schedule, kind, noise, jump)
+    return (moved, x) if with_x else moved
+
+
+def _moved(
+    z: Tensor, x: Tensor, t: Tensor, s: Tensor | None, schedule: ScheduleLike, kind: str, noise: Tensor | None,
+    jump: Tensor | None,
+) -> Tensor:
+    """Return where z goes from the estimate x."""
+    if kind == "blend":
+        assert noise is not None
+        assert jump is not None
+        return x + _expand(jump, z) * (noise - x)
     if s is None:
         return x
     if kind == "ddim":

@@ -1,0 +1,1 @@
+"""Modulated LayerNorm: `op` is the public function, `reference` plain PyTorch."""
