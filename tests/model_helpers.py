@@ -28,6 +28,14 @@ def tiny(kind: str, **overrides: Any) -> Network:
     return network.eval()
 
 
+def small_dit(**overrides: Any) -> DiT:
+    """A DiT of one block of 16 channels, every weight of which is random."""
+    network = DiT.from_preset("debug", width=16, depth=1, heads=1, **overrides)
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return network
+
+
 def denoiser(kind: str, **overrides: Any) -> NetworkDenoiser:
     """A v-predicting denoiser around `tiny`, under the cosine schedule."""
     return NetworkDenoiser(tiny(kind, **overrides), Cosine(), "v").eval()

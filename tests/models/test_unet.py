@@ -119,11 +119,12 @@ def test_residual_block_formula(resample: str, out_channels: int) -> None:
     skip = expected_resample(x, resample)
     if out_channels != 8:
         skip = torch.einsum("oc,bchw->bohw", block.skip.weight, skip) + block.skip.bias[:, None, None]
-    torch.testing.assert_close(block(x, emb), skip + h)
+    torch.testing.assert_close(block(x, emb), (h, skip))
 
 
 def test_attention_formula() -> None:
-    """Softmax over pixels with scores scaled by the root of the head's width, heads from consecutive channels."""
+    """On a residual block's halves; softmax over pixels, scores scaled by the root of the head's width, heads of
+    consecutive channels."""
     block = SelfAttention(12, 3, Groups(32, 4)).double()
     perturbed(block, std=0.3)
     x = torch.randn(2, 12, 3, 5).double().to(memory_format=torch.channels_last)
@@ -135,7 +136,8 @@ def test_attention_formula() -> None:
         for q_h, k_h, v_h in zip(q.split(4, 1), k.split(4, 1), v.split(4, 1), strict=True)
     ], dim=1)  # fmt: skip
     out = torch.einsum("oc,bcl->bol", block.project.weight, out) + block.project.bias[:, None]
-    torch.testing.assert_close(block(x), x + out.unflatten(2, (3, 5)))
+    branch = torch.randn_like(x)
+    torch.testing.assert_close(block(branch, x - branch), x + out.unflatten(2, (3, 5)))
 
 
 def test_starts_at_zero_and_at_the_identity() -> None:
@@ -145,8 +147,10 @@ def test_starts_at_zero_and_at_the_identity() -> None:
     assert torch.equal(unet(z, 1000 * t, y), torch.zeros_like(z))
     block = ResBlock(16, 16, 8, Groups(32, 4), dropout=0.0)
     x = torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last)
-    assert torch.equal(block(x, torch.randn(2, 8)), x)
-    assert torch.equal(SelfAttention(16, 2, Groups(32, 4))(x), x)
+    branch, skip = block(x, torch.randn(2, 8))
+    assert torch.equal(branch, torch.zeros_like(x))
+    assert torch.equal(skip, x)
+    assert torch.equal(SelfAttention(16, 2, Groups(32, 4))(branch, x), x)
 
 
 def test_dropout_only_in_training() -> None:

@@ -4,7 +4,7 @@
 
 Both are evaluated eagerly, in channels_last, without gradients, in turn (ours, theirs, ours, ...), so that whatever
 else the machine does meets both; medians are compared. The two networks do the same arithmetic, which is checked first:
-their parameter counts must agree.
+their parameter counts must agree. Exits with 1 if ours takes more than 1.05 times as long.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.models import PRESETS, UNet
+
+BOUND = 1.05
 
 
 def diffusers_twin(unet: UNet) -> nn.Module:
@@ -72,7 +76,7 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, object]:
+def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
     """The record: medians, their ratio, parameter counts and what it ran on."""
     unet = UNet.from_preset(preset)
     twin = diffusers_twin(unet)
@@ -101,7 +105,7 @@ def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, obj
     }  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar10", choices=sorted(PRESETS["UNet"]))
     parser.add_argument("--batch", type=int, default=64)
@@ -117,7 +121,8 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     medians, parameters = record["median_seconds"], record["parameters"]
     print(f"parameters {parameters}\nmedian seconds {medians}\nratio fewstep / diffusers: {record['ratio']:.3f}")
+    return int(record["ratio"] > BOUND)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -78,10 +78,21 @@ class NetworkDenoiser(nn.Module):
         return bool(getattr(_unwrapped(self.network), "takes_guidance", False))
 
     @property
-    def null_cond(self) -> Tensor | None:
-        """The null class as a tensor without dimensions, or None for an unconditional network."""
+    def takes_mask(self) -> bool:
+        """Whether the network is for inpainting, so that `samplers.inpaint` gives it mask and masked image."""
+        return bool(getattr(_unwrapped(self.network), "takes_mask", False))
+
+    @property
+    def null_cond(self) -> Tensor | dict[str, Tensor] | None:
+        """The null class as a tensor without dimensions, or None for an unconditional network.
+
+        For inpainting {"y": null class}: guidance drops the class and keeps mask and masked image.
+        """
         classes = getattr(_unwrapped(self.network), "num_classes", None)
-        return None if classes is None else torch.tensor(classes, device=next(self.network.parameters()).device)
+        if classes is None:
+            return None
+        null = torch.tensor(classes, device=next(self.network.parameters()).device)
+        return {"y": null} if self.takes_mask else null
 
     def network_time(self, t: Tensor) -> Tensor:
         """The network's time input, float32 or wider. Shape: t (B,) in [0, 1] -> (B,)."""
@@ -137,6 +148,11 @@ class GuidedDenoiser(nn.Module):
         self._null_keys = sorted(null_cond) if isinstance(null_cond, Mapping) else None
         for key, value in null_cond.items() if isinstance(null_cond, Mapping) else [("", null_cond)]:
             self.register_buffer(f"null_{key}", value, persistent=False)  # so that .to(device) takes them along
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the denoiser inside is for inpainting."""
+        return bool(getattr(self.denoiser, "takes_mask", False))
 
     @property
     def trained(self) -> Trained | None:

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.kernels import attention_qkv
+from fewstep.kernels import attention_qkv, layer_norm_modulate
 from fewstep.models.embedding import Conditioning, sinusoidal, zeroed
-from fewstep.models.network import Network
+from fewstep.models.network import Network, input_channels
 
 TIME_FEATURES = 256
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift per image, LayerNorm without parameters. Shape: x (B, L, D), shift, scale (B, D)."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
 class DiTBlock(nn.Module):
@@ -37,9 +31,9 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Shape: x (B, L, D), emb (B, D) with SiLU applied -> (B, L, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
-        h = self.project(attention_qkv(self.qkv(modulate(x, shift1, scale1)), self.heads))
+        h = self.project(attention_qkv(self.qkv(layer_norm_modulate(x, scale1, shift1)), self.heads))
         x = torch.addcmul(x, gate1[:, None], self._drop(h))
-        h = self.mlp_out(F.gelu(self.mlp_in(modulate(x, shift2, scale2)), approximate="tanh"))
+        h = self.mlp_out(F.gelu(self.mlp_in(layer_norm_modulate(x, scale2, shift2)), approximate="tanh"))
         return torch.addcmul(x, gate2[:, None], self._drop(h))
 
     def _drop(self, h: Tensor) -> Tensor:
@@ -60,6 +54,8 @@ class DiT(Network):
         out_channels: channels of the output; default in_channels.
         dropout: probability on each residual branch, in [0, 1).
         num_classes: K, with index K the null class; None for unconditional.
+        inpainting: mask (B, 1, H, W), 1 where z is to be painted, and masked image (B, C, H, W) are inputs beside z,
+            from the keys "mask" and "masked_image" of cond, as `samplers.inpaint` gives them.
         guidance: {"form": ..., "w_range": [low, high]} if w is an input; see `GuidanceEmbedding`.
 
     Raises:
@@ -79,6 +75,7 @@ class DiT(Network):
         out_channels: int | None = None,
         dropout: float = 0.0,
         num_classes: int | None = None,
+        inpainting: bool = False,
         guidance: Mapping[str, Any] | None = None,
     ) -> None:
         out_channels = out_channels or in_channels
@@ -86,7 +83,7 @@ class DiT(Network):
             {
                 "image_size": image_size, "in_channels": in_channels, "out_channels": out_channels, "patch": patch,
                 "width": width, "depth": depth, "heads": heads, "mlp_ratio": mlp_ratio, "dropout": dropout,
-                "num_classes": num_classes,
+                "num_classes": num_classes, "inpainting": inpainting,
             }
         )  # fmt: skip
         if patch < 1 or image_size % patch:
@@ -95,7 +92,7 @@ class DiT(Network):
             raise ValueError(f"width={width} must be a multiple of 4 and of heads={heads}")
         self.patch, self.grid = patch, image_size // patch
         self.conditioning = Conditioning(TIME_FEATURES, width, num_classes)
-        self.patch_in = nn.Linear(in_channels * patch**2, width)
+        self.patch_in = nn.Linear(input_channels(in_channels, inpainting) * patch**2, width)
         self.register_buffer("positions", sincos_positions(self.grid, width))
         mlp_width = int(mlp_ratio * width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_width, dropout) for _ in range(depth))
@@ -122,11 +119,12 @@ class DiT(Network):
         """
         self._check(z, time)
         emb = self.conditioning(time, cond, w)
-        x = self.patch_in(patchify(z.to(self.patch_in.weight.dtype), self.patch)) + self.positions
+        z = self._input(z, cond).to(self.patch_in.weight.dtype)
+        x = self.patch_in(patchify(z, self.patch)) + self.positions
         for block in self.blocks:
             x = block(x, emb)
         shift, scale = self.modulation_out(emb).chunk(2, dim=1)
-        return unpatchify(self.patch_out(modulate(x, shift, scale)), self.patch, self.grid)
+        return unpatchify(self.patch_out(layer_norm_modulate(x, scale, shift)), self.patch, self.grid)
 
 
 def patchify(z: Tensor, patch: int) -> Tensor:

@@ -54,6 +54,11 @@ class Network(nn.Module):
         return self.conditioning.num_classes
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether it was made for inpainting: "mask" and "masked_image" of cond are inputs beside z."""
+        return bool(self.config["inpainting"])
+
+    @property
     def takes_guidance(self) -> bool:
         """Whether w is an input."""
         return self.conditioning.guidance is not None
@@ -73,6 +78,24 @@ class Network(nn.Module):
         self.config["guidance"] = None
         if guidance is not None:
             self.add_guidance(guidance["form"], tuple(guidance["w_range"]))
+
+    def _input(self, z: Tensor, cond: object) -> Tensor:
+        """z or, for inpainting, z with mask and masked image as further channels. Shape: (B, C, H, W) -> (B, C', H, W).
+
+        Raises:
+            ValueError: it is for inpainting, and cond lacks one of them or has it in another size.
+        """
+        if not self.takes_mask:
+            return z
+        given = cond if isinstance(cond, Mapping) else {}
+        parts = [z]
+        for key, channels in (("mask", 1), ("masked_image", z.shape[1])):
+            value, shape = given.get(key), (len(z), channels, *z.shape[2:])
+            if not isinstance(value, Tensor) or value.shape != shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+                raise ValueError(f"this network is for inpainting: cond[{key!r}] must have shape {shape}, got {found}")
+            parts.append(value.to(z.dtype))
+        return torch.cat(parts, dim=1)
 
     def _check(self, z: Tensor, time: Tensor) -> None:
         if z.shape[1:] != self.input_shape:
@@ -100,6 +123,11 @@ def build_network(config: Mapping[str, Any]) -> Network:
         if keys:
             raise ValueError(f"{kind} config: {what} keys {keys}; its keys are {', '.join(known)}")
     return Network.TYPES[kind](**arguments)
+
+
+def input_channels(channels: int, inpainting: bool) -> int:
+    """Channels of what the first layer sees: z and, for inpainting, mask and masked image."""
+    return 2 * channels + 1 if inpainting else channels
 
 
 def init_from(student: nn.Module, teacher: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,22 @@ from torch.nn import functional as F
 
 from fewstep.kernels import attention_qkv, group_norm_silu
 from fewstep.models.embedding import Conditioning, zeroed
-from fewstep.models.network import Network
+from fewstep.models.network import Network, input_channels
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation, optionally FiLM (y (1 + scale) + shift), then SiLU or nothing, in one kernel call."""
+    """Group normalisation in one kernel call with what stands around it: FiLM (y (1 + scale) + shift), SiLU, a sum."""
 
-    def forward(self, x: Tensor, film: Tensor | None = None, act: Literal["silu"] | None = "silu") -> Tensor:
-        """Shape: x (B, C, H, W), film (B, 2 C) = [scale | shift] -> (B, C, H, W)."""
+    def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
+        """With SiLU. Shape: x (B, C, H, W), film (B, 2 C) = [scale | shift] -> (B, C, H, W)."""
         scale, shift = (None, None) if film is None else film.chunk(2, dim=1)
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, act=act)
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised sum, without SiLU, and the sum. Shape: both (B, C, H, W), as each of the results."""
+        return group_norm_silu(
+            x, self.num_groups, self.weight, self.bias, self.eps, residual=residual, act=None, residual_at="before"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Groups:
 
 
 class ResBlock(nn.Module):
-    """norm, silu, (resample), conv, FiLM norm, silu, dropout, zero-initialised conv, plus the skip.
+    """norm, silu, (resample), conv, FiLM norm, silu, dropout, zero-initialised conv; and the skip to add to it.
 
     FiLM is h = norm(h) (1 + scale) + shift with scale and shift linear in the embedding. Resampling between
     the first norm and the first conv, and of the skip, is BigGAN's: average pooling down, nearest neighbour up.
@@ -56,8 +62,11 @@ class ResBlock(nn.Module):
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = None if channels == out_channels else nn.Linear(channels, out_channels)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Shape: x (B, C, H, W), emb (B, E) with SiLU applied -> (B, C', H', W')."""
+    def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """Branch and skip, whose sum is the result; emb has SiLU applied.
+
+        Shape: x (B, C, H, W), emb (B, E) -> (B, C', H', W') each.
+        """
         h = self.norm1(x)
         if self.resample:
             h, x = _resample(h, self.resample), _resample(x, self.resample)
@@ -65,12 +74,11 @@ class ResBlock(nn.Module):
         h = self.conv2(F.dropout(h, self.dropout, self.training) if self.dropout else h)
         if self.skip is not None:  # a 1x1 convolution; as a matrix product it needs no other layout
             x = self.skip(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        out: Tensor = h.add_(x)  # no gradient needs the convolution's output, and a large one is costly to allocate
-        return out
+        return h, x
 
 
 class SelfAttention(nn.Module):
-    """norm, self-attention over pixels, zero-initialised projection, plus the input."""
+    """The sum of a residual block's halves, then norm, self-attention over pixels, zeroed projection, plus that sum."""
 
     def __init__(self, channels: int, heads: int, groups: Groups) -> None:
         super().__init__()
@@ -79,9 +87,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape: (B, C, H, W) -> (B, C, H, W). Tokens are a view of channels_last: nothing is copied."""
-        h: Tensor = self.project(attention_qkv(self.qkv(_tokens(self.norm(x, act=None))), self.heads))
+    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+        """Shape: (B, C, H, W) each -> (B, C, H, W). Tokens are a view of channels_last: nothing is copied."""
+        normed, x = self.norm.of_sum(h, skip)
+        h = self.project(attention_qkv(self.qkv(_tokens(normed)), self.heads))
         return h.add_(_tokens(x)).reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
@@ -94,8 +103,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Shape: x (B, C, H, W), emb (B, E) -> (B, C', H', W')."""
-        h: Tensor = self.res(x, emb)
-        return h if self.attention is None else self.attention(h)
+        h, skip = self.res(x, emb)
+        if self.attention is None:  # no gradient needs the convolution's output, and a large one is costly to allocate
+            out: Tensor = h.add_(skip)
+        else:
+            out = self.attention(h, skip)
+        return out
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -126,6 +139,8 @@ class UNet(Network):
         num_classes: K, with index K the null class; None for unconditional.
         patch: pixels per side that the first convolution sees as one position with patch^2 times the channels (space to
             depth, as in simple diffusion, arXiv 2301.11093): resolutions are then those of image_size / patch.
+        inpainting: mask (B, 1, H, W), 1 where z is to be painted, and masked image (B, C, H, W) are inputs beside z,
+            from the keys "mask" and "masked_image" of cond, as `samplers.inpaint` gives them.
         guidance: {"form": ..., "w_range": [low, high]} if w is an input; see `GuidanceEmbedding`.
 
     Raises:
@@ -150,6 +165,7 @@ class UNet(Network):
         group_channels: int = 4,
         num_classes: int | None = None,
         patch: int = 1,
+        inpainting: bool = False,
         guidance: Mapping[str, Any] | None = None,
     ) -> None:
         out_channels, emb_channels = out_channels or in_channels, emb_channels or 4 * channels
@@ -159,7 +175,7 @@ class UNet(Network):
                 "channels": channels, "channel_mult": list(channel_mult), "blocks": blocks,
                 "attention": list(attention), "heads": heads, "head_dim": head_dim, "emb_channels": emb_channels,
                 "dropout": dropout, "groups": groups, "group_channels": group_channels, "num_classes": num_classes,
-                "patch": patch,
+                "patch": patch, "inpainting": inpainting,
             }
         )  # fmt: skip
         if patch < 1 or image_size % patch:
@@ -168,7 +184,7 @@ class UNet(Network):
         widths = [channels * mult for mult in channel_mult]
         self._groups = Groups(groups, group_channels)
         self.conditioning = Conditioning(channels, emb_channels, num_classes)
-        self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(input_channels(in_channels, inpainting) * patch**2, channels, 3, padding=1)
         self.encoder, skips = self._encoder(sizes, widths)
         self.middle = self._middle(sizes[-1], widths[-1])
         self.decoder = self._decoder(sizes, widths, skips)
@@ -225,7 +241,7 @@ class UNet(Network):
         """
         self._check(z, time)
         emb = self.conditioning(time, cond, w)
-        patch = self.config["patch"]
+        patch, z = self.config["patch"], self._input(z, cond)
         z = F.pixel_unshuffle(z, patch) if patch > 1 else z
         h = self.conv_in(z.to(dtype=self.conv_in.weight.dtype, memory_format=torch.channels_last))
         skips = [h]
