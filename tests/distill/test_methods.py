@@ -7,7 +7,13 @@ import torch
 from oracles import Gaussian, Guided, Mixture
 from torch import nn
 
-from fewstep.distill import Batch, DenoiserTraining, GuidanceDistillation, ProgressiveDistillation
+from fewstep.distill import (
+    Batch,
+    DenoiserTraining,
+    EncoderDistillation,
+    GuidanceDistillation,
+    ProgressiveDistillation,
+)
 from fewstep.schedules import Cosine, Trained, expand, loss_weight, sample_seeds, seeded_noise
 
 SCHEDULE = Cosine()
@@ -39,12 +45,14 @@ class Student(nn.Module):
 
 def methods(**weight):
     """One of each, with a teacher (None for the teacher's own training) and a student that share nothing."""
-    teachers = [Student(), Student()]
-    students = [Student() for _ in range(3)]
+    teachers = [Student() for _ in range(4)]
+    students = [Student() for _ in range(5)]
     return [
         (None, students[0], DenoiserTraining(students[0], torch.tensor(3), **weight)),
         (teachers[0], students[1], GuidanceDistillation(teachers[0], students[1], torch.tensor(3), **weight)),
         (teachers[1], students[2], ProgressiveDistillation(teachers[1], students[2], 4, **weight)),
+        (teachers[2], students[3], ProgressiveDistillation(teachers[2], students[3], 4, kind="stochastic", **weight)),
+        (teachers[3], students[4], EncoderDistillation(teachers[3], students[4], 4, **weight)),
     ]
 
 
@@ -54,8 +62,9 @@ def drawn(method, count=COUNT, run=0):
     return method.draw(x, torch.arange(count) % 3, seeds, 0)
 
 
-NAMES = ["teacher", "guidance", "progressive"]
-each = pytest.mark.parametrize("index", range(3), ids=NAMES)
+NAMES = ["teacher", "guidance", "progressive", "stochastic", "encoder"]
+each = pytest.mark.parametrize("index", range(5), ids=NAMES)
+of_x = pytest.mark.parametrize("index", range(4), ids=NAMES[:4])  # an encoder's loss is of v: test_encoder.py
 
 
 @each
@@ -78,9 +87,10 @@ def test_times_and_noise_have_their_distribution(index):
     # all of the time's range, N(0, I), and neither tells about the other or about x
     *_, method = methods()[index]
     batch = drawn(method)
-    if index == 2:
+    if index >= 2:
         grid, counts = batch.t.unique(return_counts=True)
-        assert torch.equal(grid, torch.arange(1, 5) / 4)  # exactly: the sampler's own times
+        first = 0 if NAMES[index] == "encoder" else 1
+        assert torch.equal(grid, torch.arange(first, first + 4) / 4)  # exactly: the sampler's own times
         assert (counts / COUNT - 0.25).abs().max() < 5 * (0.1875 / COUNT) ** 0.5
     else:
         uniform = torch.arange(COUNT) / COUNT
@@ -145,7 +155,7 @@ def test_only_the_student_learns(index):
         assert torch.equal(method.targets(drawn(method, 8)), method.targets(drawn(method, 8)))
 
 
-@each
+@of_x
 @pytest.mark.parametrize("weight", ["snr", "truncated_snr", "snr_plus_one", "edm_weight", "flat", None])
 def test_loss_is_the_weighted_error_of_x(index, weight):
     # mean over pixels, then over the batch, each sample at its own log-SNR
@@ -165,7 +175,7 @@ def test_loss_is_the_weighted_error_of_x(index, weight):
     assert other != loss  # stored targets are used
 
 
-@each
+@of_x
 def test_loss_is_float32_under_autocast(index):
     # bf16 has 8 bits: an error of 1 % of x squared and weighted by the SNR would be noise
     _, student, method = methods(weight="flat")[index]
@@ -359,6 +369,14 @@ BAD = [
     (lambda: ProgressiveDistillation(Student(), Student(), 0), "steps = 0"),
     (lambda: ProgressiveDistillation(distilled(kind="deterministic", steps=8), Student(), 8), "8 steps.* one of 16"),
     (lambda: ProgressiveDistillation(distilled(kind="guided", w_range=(0, 4)), Student(), 8, (0, 6)), "w_range = .*6"),
+    (lambda: ProgressiveDistillation(Student(), Student(), 4, kind="encoder"), "kind = 'encoder'.*stochastic"),
+    (lambda: ProgressiveDistillation(distilled(kind="stochastic", steps=8), Student(), 4), "trained as 'stochastic'"),
+    (
+        lambda: ProgressiveDistillation(distilled(kind="deterministic", steps=8), Student(), 4, kind="stochastic"),
+        "trained as 'deterministic': kind = 'stochastic' needs .* 8 steps",
+    ),
+    (lambda: EncoderDistillation(distilled(kind="deterministic", steps=8), Student(), 4), "kind = 'encoder' needs"),
+    (lambda: EncoderDistillation(Student(), Student(), 0), "steps = 0"),
     (lambda: DenoiserTraining(Student(), NULL, cond_drop=1.5), "cond_drop = 1.5"),
     (lambda: DenoiserTraining(Student(), NULL, weight="x"), "weight='x'"),
 ]
@@ -375,3 +393,5 @@ def test_a_teacher_of_twice_the_steps_is_accepted():
     # the rule must not refuse the chain that it is there for
     ProgressiveDistillation(distilled(kind="deterministic", steps=8, w_range=(0, 4)), Student(), 4, w_range=(0, 4))
     ProgressiveDistillation(distilled(kind="guided", w_range=(0, 4)), Student(), 16, w_range=(1, 1))
+    ProgressiveDistillation(distilled(kind="stochastic", steps=8), Student(), 4, kind="stochastic")
+    EncoderDistillation(distilled(kind="encoder", steps=8, w_range=(0, 4)), Student(), 4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import Gaussian, Guided, Mixture, Unconverted
+from oracles import Gaussian, Guided, Mixture, Unconverted, states
 
 from fewstep.distill import guidance_target, progressive_target
 from fewstep.samplers import ddim_step
@@ -13,13 +13,6 @@ SCHEDULES = [Cosine(), Cosine(shift=-2.0), LinearBeta(), RectifiedFlow(), Karras
 named = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 Y = torch.tensor([0, 1, 2, 1, 0])
 W = torch.tensor([0.0, 0.5, 1.0, 4.0, 2.0], dtype=torch.float64)
-
-
-def states(schedule, t, dtype=torch.float64):
-    """z_t of points and noise that differ for each time."""
-    generator = torch.Generator().manual_seed(1)
-    x, noise = torch.randn(2, len(t), 2, generator=generator, dtype=torch.float64)
-    return schedule.add_noise(x, t.double(), noise).to(dtype)
 
 
 @named

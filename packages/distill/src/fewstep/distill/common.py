@@ -1,32 +1,33 @@
-"""What the methods share: draws, one estimate of x, the weighted error, and the roles of teacher and student."""
+"""What the methods share: draws, one estimate of x, the weighted error, roles, and what training a network takes."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.distill.method import Batch
 from fewstep.kernels import guided_update
-from fewstep.schedules import Cond, Denoiser, Raw, loss_weight, seeded_noise, seeded_uniform
+from fewstep.schedules import Cond, Denoiser, Raw, Schedule, loss_weight, seeded_noise, seeded_uniform
 
 WRange = tuple[float, float]
 
 # Streams of a sample's seed. Numbers of one stream are independent of each other too: see `uniforms`.
-UNIFORM_STREAM, NOISE_STREAM = 1, 2
+UNIFORM_STREAM, NOISE_STREAM, STEP_NOISE_STREAM = 1, 2, 3
 
 
-def uniforms(seeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent U[0, 1) per sample, for its time and for its guidance weight (or dropping).
+def uniforms(seeds: Tensor, count: int = 2) -> tuple[Tensor, ...]:
+    """Independent U[0, 1) per sample, by default two: for its time and for its guidance weight (or dropping).
 
-    Shape: seeds (B,) -> (B,), (B,).
+    Shape: seeds (B,) -> `count` times (B,).
     """
-    first, second = seeded_uniform(seeds, (2,), stream=UNIFORM_STREAM).unbind(1)
-    return first, second
+    return seeded_uniform(seeds, (count,), stream=UNIFORM_STREAM).unbind(1)
 
 
-def noise_like(x: Tensor, seeds: Tensor) -> Tensor:
+def noise_like(x: Tensor, seeds: Tensor, stream: int = NOISE_STREAM) -> Tensor:
     """N(0, I) shaped like x (B, ...), float32 or wider, each sample from its own seed."""
-    return seeded_noise(seeds, x.shape[1:], stream=NOISE_STREAM).to(torch.promote_types(x.dtype, torch.float32))
+    return seeded_noise(seeds, x.shape[1:], stream=stream).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def weights_in(w_range: WRange, u: Tensor) -> Tensor:
@@ -79,28 +80,68 @@ class Weighting:
         return loss, {"loss": loss.detach(), "x_mse": error.detach().mean()}
 
 
-def trainable(network: nn.Module) -> list[dict[str, Any]]:
-    """One optimiser group of what requires a gradient. Raises ValueError if nothing does."""
+def trainable(network: nn.Module, name: str = "student") -> list[dict[str, Any]]:
+    """One optimiser group of what requires a gradient. Raises ValueError, naming it, if nothing does."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("student has no parameter that requires a gradient: call student.requires_grad_(True)")
+        raise ValueError(f"{name} has no parameter that requires a gradient: call {name}.requires_grad_(True)")
     return [{"params": parameters}]
 
 
-def assign_roles(teacher: Denoiser, student: nn.Module) -> None:
+def refuse_shared(name: str, network: nn.Module, owner: str, other: nn.Module) -> None:
+    """Raise ValueError if two networks that must differ hold a parameter in common."""
+    owned = {id(p) for p in other.parameters()}
+    if any(id(p) in owned for p in network.parameters()):
+        raise ValueError(f"{name} shares weights with its {owner}: distil a copy, copy.deepcopy({owner})")
+
+
+def assign_roles(teacher: Denoiser, student: nn.Module, name: str = "student") -> None:
     """Check that the student can be compared with the teacher, and freeze the teacher: eval mode, no gradients.
 
-    Raises ValueError if they share weights, know different schedules, or nothing of the student can be trained.
+    Raises ValueError, calling the student `name`, if they share weights or know different schedules.
     """
     if isinstance(teacher, nn.Module):
-        owned = {id(p) for p in teacher.parameters()}
-        if any(id(p) in owned for p in student.parameters()):
-            raise ValueError("student shares weights with its teacher: distil a copy, copy.deepcopy(teacher)")
+        refuse_shared(name, student, "teacher", teacher)
     if teacher.schedule != student.schedule:
         raise ValueError(
-            f"teacher has schedule {teacher.schedule}, student {student.schedule}: "
-            "use fewstep.schedules.reschedule(teacher, student.schedule)"
+            f"teacher has schedule {teacher.schedule}, {name} {student.schedule}: "
+            f"use fewstep.schedules.reschedule(teacher, {name}.schedule)"
         )
-    trainable(student)
     if isinstance(teacher, nn.Module):
         teacher.eval().requires_grad_(False)
+
+
+class Training:
+    """Networks by name, each with an optimiser of that name; one network unless a method says whose turn it is."""
+
+    def __init__(self, **networks: nn.Module) -> None:
+        for name, network in networks.items():
+            trainable(network, name)
+        self.networks: dict[str, nn.Module] = networks
+
+    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
+        """One group for each network's optimiser: what of it requires a gradient."""
+        return {name: trainable(network, name) for name, network in self.networks.items()}
+
+    def active(self, step: int) -> str:
+        """The only optimiser."""
+        (name,) = self.networks
+        return name
+
+
+class Regression(Training, ABC):
+    """A method that regresses the x of one network on targets; `draw` and `targets` are its own."""
+
+    def __init__(self, schedule: Schedule, weight: str, **network: nn.Module) -> None:
+        self.schedule, self.weighting = schedule, Weighting(weight)
+        super().__init__(**network)
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Tensor:
+        """What the network should answer, without gradient. Shape: -> like batch.z."""
+
+    def loss(self, batch: Batch, step: int, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted squared error of the network's x; the targets are computed unless given."""
+        target = self.targets(batch) if targets is None else targets
+        x = self.networks[self.active(step)](batch.z, batch.t, batch.cond, batch.w)
+        return self.weighting(x, target, self.schedule.log_snr(batch.t))

@@ -1,12 +1,11 @@
 """The teacher's ordinary training, as a method like the others (arXiv 2202.00512, sec. 4; 2207.12598, algorithm 1)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.common import Weighting, noise_like, trainable, uniforms
+from fewstep.distill.common import Regression, noise_like, uniforms
 from fewstep.distill.method import Batch
 from fewstep.schedules import Cond, Schedule, with_null
 
@@ -25,7 +24,7 @@ def _where(drop: Tensor, null: Tensor, value: Tensor) -> Tensor:
     return torch.where(drop.reshape(-1, *[1] * (value.ndim - 1)), null, value)
 
 
-class DenoiserTraining:
+class DenoiserTraining(Regression):
     """Trains a denoiser on noisy data, its condition dropped with probability `cond_drop`, so that it can be guided.
 
     t ~ U[0, 1) per sample.
@@ -45,19 +44,9 @@ class DenoiserTraining:
     ) -> None:
         if not 0 <= cond_drop <= 1:
             raise ValueError(f"cond_drop = {cond_drop}: must be a probability in [0, 1]")
-        self.weighting = Weighting(weight)
-        trainable(denoiser)
+        schedule: Schedule = denoiser.schedule  # type: ignore[assignment]  # nn.Module types attributes as modules
+        super().__init__(schedule, weight, denoiser=denoiser)
         self.null_cond, self.cond_drop = null_cond, cond_drop
-        self.schedule: Schedule = denoiser.schedule  # type: ignore[assignment]  # nn.Module types attributes as modules
-        self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser, "denoiser"."""
-        return {"denoiser": trainable(self.networks["denoiser"])}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "denoiser"
 
     def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """t ~ U[0, 1), noise and whose condition is dropped, each from its sample's seed alone."""
@@ -70,8 +59,3 @@ class DenoiserTraining:
         """The data."""
         assert batch.x is not None  # draw gave it
         return batch.x
-
-    def loss(self, batch: Batch, step: int, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted squared error of the denoiser's x."""
-        x = self.networks["denoiser"](batch.z, batch.t, batch.cond)
-        return self.weighting(x, self.targets(batch) if targets is None else targets, self.schedule.log_snr(batch.t))

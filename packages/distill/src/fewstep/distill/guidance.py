@@ -1,18 +1,15 @@
 """Stage one: classifier-free guidance folded into one network that takes w (arXiv 2210.03142, algorithm 1)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fewstep.distill.common import (
-    Weighting,
+    Regression,
     WRange,
     assign_roles,
     checked_range,
     noise_like,
     raw_of,
-    trainable,
     uniforms,
     weights_in,
 )
@@ -52,7 +49,7 @@ def guidance_target(
     return guided_update(Raw(*outputs, predictions[0]), z, t, None, teacher.schedule, w)
 
 
-class GuidanceDistillation:
+class GuidanceDistillation(Regression):
     """Trains `student` to answer with w what the guided teacher does (arXiv 2210.03142, algorithm 1).
 
     t ~ U[0, 1), w ~ U[w_range] per sample; w_range = (w, w) is the fixed-w baseline.
@@ -84,18 +81,9 @@ class GuidanceDistillation:
             raise ValueError("teacher takes w itself: stage one starts from a denoiser without guidance")
         if not getattr(student, "takes_guidance", True):
             raise ValueError("student takes no w: give it the input, fewstep.models.with_guidance_input(teacher)")
-        self.w_range, self.weighting = checked_range(w_range), Weighting(weight)
+        self.w_range, self.teacher, self.null_cond = checked_range(w_range), teacher, null_cond
+        super().__init__(teacher.schedule, weight, student=student)
         assign_roles(teacher, student)
-        self.teacher, self.null_cond, self.schedule = teacher, null_cond, teacher.schedule
-        self.networks: dict[str, nn.Module] = {"student": student}
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser, "student"."""
-        return {"student": trainable(self.networks["student"])}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "student"
 
     def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """t ~ U[0, 1), w ~ U[w_range] and noise, each from its sample's seed alone."""
@@ -108,9 +96,3 @@ class GuidanceDistillation:
         """The guided teacher's x. Shape: -> like batch.z."""
         assert batch.w is not None  # draw gave it
         return guidance_target(self.teacher, self.null_cond, batch.z, batch.t, batch.cond, batch.w)
-
-    def loss(self, batch: Batch, step: int, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted squared error of the student's x."""
-        target = self.targets(batch) if targets is None else targets
-        x = self.networks["student"](batch.z, batch.t, batch.cond, batch.w)
-        return self.weighting(x, target, self.schedule.log_snr(batch.t))

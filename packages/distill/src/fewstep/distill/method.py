@@ -21,6 +21,8 @@ class Batch:
         w: (B,) guidance weights, or None. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
         x, noise: (B, ...), what z was made of.
         seeds: (B,) int64, what was drawn from.
+        s: (B,) in [0, 1], s <= t: the time that the student's step leads to, where a method looks at that.
+        step_noise: (B, ...), N(0, I) for that step.
     """
 
     z: Tensor
@@ -30,6 +32,8 @@ class Batch:
     x: Tensor | None = None
     noise: Tensor | None = None
     seeds: Tensor | None = None
+    s: Tensor | None = None
+    step_noise: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.z)
@@ -76,6 +80,13 @@ class Method(Protocol):
 
         Shape: x (B, ...), cond leaves (B, ...), seeds (B,) int64.
         """
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss of update `step` and what to log of it."""
+
+
+class TargetMethod(Method, Protocol):
+    """A method whose targets do not depend on the student: they can be computed beforehand and stored."""
 
     def targets(self, batch: Batch) -> Tensor:
         """What the student should answer, without gradient. Shape: -> like batch.z."""

@@ -1,37 +1,17 @@
 """Stage two: halving the steps, one student step for two of the teacher's (arXiv 2202.00512 and 2210.03142, alg. 2)."""
 
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.common import (
-    Weighting,
-    WRange,
-    assign_roles,
-    checked_range,
-    estimate,
-    noise_like,
-    trainable,
-    uniforms,
-    weights_in,
-)
+from fewstep.distill.common import WRange
+from fewstep.distill.halving import Halving, before, check_steps, two_step_target
 from fewstep.distill.method import Batch
-from fewstep.samplers import ddim_step
-from fewstep.schedules import Cond, Denoiser, Schedule, Trained, expand
+from fewstep.distill.stochastic import stochastic_target
+from fewstep.schedules import Cond, Denoiser
 
-AT_DATA = 1e-3  # share of a step: nearer to t = 0 than this is t = 0, reached by rounding
-
-
-def first_share(t: Tensor, middle: Tensor, end: Tensor, schedule: Schedule) -> Tensor:
-    """Weight of the first of two estimates of x in the one that a single step needs. Shape: (B,) each -> (B,).
-
-    DDIM moves z / sigma by x d(alpha / sigma), so two steps with x1 and x2 land where one does with their mean,
-    weighted by the growth of alpha / sigma: share = (r' - r) / (r'' - r), r = e^(lambda / 2). This equals the quotient
-    (z'' - (sigma'' / sigma) z) / (alpha'' - (sigma'' / sigma) alpha) of algorithm 2 without its cancellation.
-    """
-    start, half, last = (schedule.log_snr(u) / 2 for u in (t, middle, end))
-    return torch.exp(half - last) * torch.expm1(start - half) / torch.expm1(start - last)
+Kind = Literal["deterministic", "stochastic"]
 
 
 @torch.no_grad()
@@ -55,52 +35,32 @@ def progressive_target(
     Raises:
         ValueError: steps is not a positive integer.
     """
-    _check_steps(steps)
-    end = t - 1 / steps
-    at_data = end < AT_DATA / steps
-    end = end.masked_fill(at_data, 0.0)
-    middle = (t + end) / 2
-    x1 = estimate(teacher, z, t, cond, w)
-    x2 = estimate(teacher, ddim_step(x1, z, t, middle, teacher.schedule), middle, cond, w)
-    share = first_share(t, middle, end, teacher.schedule).masked_fill(at_data, 0.0)
-    return x2 + expand(share, z) * (x1 - x2)
+    check_steps(steps)
+    end = before(t, 1, steps)
+    return two_step_target(teacher, z, t, (t + end) / 2, end, cond, w)
 
 
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps = {steps!r}: must be the student's number of steps, an integer of at least 1")
-
-
-def _check_teacher(teacher: Denoiser, steps: int, w_range: WRange | None) -> None:
-    """A distilled teacher knows one grid, that of twice the student's steps, and one range of w."""
-    trained: Trained | None = getattr(teacher, "trained", None)
-    if trained is None:
-        return
-    if trained.steps not in (None, 2 * steps):
-        raise ValueError(f"teacher was trained for {trained.steps} steps, steps = {steps} needs one of {2 * steps}")
-    if trained.w_range and w_range and not trained.w_range[0] <= w_range[0] <= w_range[1] <= trained.w_range[1]:
-        raise ValueError(f"w_range = {w_range} must lie within that of the teacher's training, {trained.w_range}")
-
-
-class ProgressiveDistillation:
-    """Trains `student` to do in `steps` DDIM steps what its teacher does in twice as many (arXiv 2210.03142, alg. 2).
+class ProgressiveDistillation(Halving):
+    """Trains `student` to do in `steps` steps what its teacher does in twice as many (arXiv 2210.03142, alg. 2 and 3).
 
     t = i / steps with i ~ Cat[1..steps], w ~ U[w_range] per sample; w_range = (w, w) is the fixed-w baseline, None for
     denoisers without w. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
 
     Args:
-        teacher: denoiser with guidance inside (stage one's student, or the student of twice the steps). It is put into
-            eval mode and gets no gradient.
+        teacher: denoiser with guidance inside (stage one's student, or the student of twice the steps and of the same
+            kind). It is put into eval mode and gets no gradient.
         student: module and denoiser with the teacher's schedule, usually a copy of it; trained where it requires
             gradients. Optimiser and learning rate start anew at every halving.
         steps: the student's.
         w_range: (low, high), 0 <= low <= high, or None.
         weight: name of a loss weight of fewstep.schedules.
+        kind: "deterministic" for `samplers.ddim`, or "stochastic" for `samplers.stochastic`: another target, so another
+            student. The stochastic student of 1 step is that of 2 steps: from a copy of it the loss is 0.
 
     Raises:
-        ValueError: steps, w_range or weight is wrong, the teacher was distilled to other than twice the steps,
-            knows less of w or shares weights with the student, their schedules differ, or nothing of the student can
-            be trained.
+        ValueError: steps, w_range, weight or kind is wrong, the teacher was distilled to other than twice the steps or
+            for another kind, knows less of w or shares weights with the student, their schedules differ, or nothing of
+            the student can be trained.
     """
 
     def __init__(
@@ -110,38 +70,14 @@ class ProgressiveDistillation:
         steps: int,
         w_range: WRange | None = (0.0, 4.0),
         weight: str = "truncated_snr",
+        kind: Kind = "deterministic",
     ) -> None:
-        _check_steps(steps)
-        self.w_range = None if w_range is None else checked_range(w_range)
-        _check_teacher(teacher, steps, self.w_range)
-        self.weighting = Weighting(weight)
-        assign_roles(teacher, student)
-        self.teacher, self.steps, self.schedule = teacher, steps, teacher.schedule
-        self.networks: dict[str, nn.Module] = {"student": student}
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser, "student"."""
-        return {"student": trainable(self.networks["student"])}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "student"
-
-    def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
-        """t on the student's grid, w ~ U[w_range] and noise, each from its sample's seed alone."""
-        u, v = uniforms(seeds)
-        t = ((u * self.steps).floor().clamp(max=self.steps - 1) + 1) / self.steps
-        noise = noise_like(x, seeds)
-        z = self.schedule.add_noise(x, t, noise)
-        w = None if self.w_range is None else weights_in(self.w_range, v)
-        return Batch(z, t, cond, w, x, noise, seeds)
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}")
+        super().__init__(teacher, student, steps, w_range, weight, kind)
+        self.kind = kind
 
     def targets(self, batch: Batch) -> Tensor:
         """What two of the teacher's steps ask of one. Shape: -> like batch.z."""
-        return progressive_target(self.teacher, batch.z, batch.t, self.steps, batch.cond, batch.w)
-
-    def loss(self, batch: Batch, step: int, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted squared error of the student's x."""
-        target = self.targets(batch) if targets is None else targets
-        x = self.networks["student"](batch.z, batch.t, batch.cond, batch.w)
-        return self.weighting(x, target, self.schedule.log_snr(batch.t))
+        target = stochastic_target if self.kind == "stochastic" else progressive_target
+        return target(self.teacher, batch.z, batch.t, self.steps, batch.cond, batch.w)
