@@ -7,12 +7,18 @@ from typing import Any
 from fewstep.lab.compose import compose
 from fewstep.lab.config import Config
 
-DIGITS = Path(__file__).parents[1] / "experiments" / "digits"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+DIGITS, MOMENTS = EXPERIMENTS / "digits", EXPERIMENTS / "digits_moments"
 
 
 def digits(*overrides: str) -> Config:
     """experiments/digits as the tests run it."""
     return compose(DIGITS, ["preset=debug", *overrides])
+
+
+def moments(*overrides: str) -> Config:
+    """experiments/digits_moments as the tests run it."""
+    return compose(MOMENTS, ["preset=debug", *overrides])
 
 
 def altered(config: Config, key: str, value: Any) -> Config:

@@ -6,7 +6,7 @@ import math
 
 from fewstep.lab.config import EvaluateConfig, PairedTarget, TargetsConfig
 from fewstep.lab.evaluation.verdict import targets
-from fewstep.lab.stages.evaluate import tidy
+from fewstep.lab.stages.results import tidy
 
 RESULTS = {
     "teacher": [{"w": 0.0, "accuracy": 0.9, "fid_heldout": 2.0}, {"w": 1.0, "accuracy": 0.995, "fid_heldout": 9.0}],

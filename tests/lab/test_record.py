@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from lab_configs import altered
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from fewstep.lab import record, runner
@@ -55,6 +57,22 @@ def test_what_changes_no_result_of_the_stage_may_change(
     record.refuse_mixing(altered(debug_config, key, value), stage, tmp_path)
 
 
+def test_folder_older_than_a_part_of_the_config_that_changes_no_result_is_taken(
+    debug_config: Config, tmp_path: Path
+) -> None:
+    # Broken: after an update of fewstep every finished run is refused for a key that its folder could not know.
+    record.begin(debug_config, "guide", tmp_path)
+    path = tmp_path / "config.yaml"
+    found = OmegaConf.load(path)
+    del found["cluster"]
+    OmegaConf.save(found, path)
+    record.refuse_mixing(debug_config, "guide", tmp_path)
+    del found["schedule"]
+    OmegaConf.save(found, path)
+    with pytest.raises(ConfigError, match=r"schedule\.type=Cosine"):
+        record.refuse_mixing(debug_config, "guide", tmp_path)
+
+
 def test_other_threads_are_noticed(debug_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record.begin(debug_config, "guide", tmp_path)
     assert record.other_circumstances(tmp_path) is None
@@ -85,14 +103,18 @@ def test_damaged_files_are_named_with_what_to_do(
 
 
 def test_time_of_a_stage_is_that_of_all_its_calls(debug_config: Config, tmp_path: Path) -> None:
-    # Broken: a training that was stopped in its last minute is reported to take a minute.
+    # Broken: a training that was stopped in its last minute is reported to take a minute, or not at all.
+    record.begin(debug_config, "teacher", tmp_path / "teacher")
+    record.finish(tmp_path / "teacher", 1.0)
+    guide = tmp_path / "guide"
     for seconds in (100.0, 20.0):
-        record.begin(debug_config, "guide", tmp_path)
-        record.interrupt(tmp_path, seconds)
-    record.begin(debug_config, "guide", tmp_path)  # killed: nobody knows how long it worked
-    record.begin(debug_config, "guide", tmp_path)
-    record.finish(tmp_path, 3.5)
-    assert stage_seconds({"guide": tmp_path}) == {"guide": 123.5}
+        record.begin(debug_config, "guide", guide)
+        record.interrupt(guide, seconds)
+    record.begin(debug_config, "guide", guide)  # killed: nobody knows how long it worked
+    record.begin(debug_config, "guide", guide)
+    record.finish(guide, 3.5)
+    ctx = StageContext(debug_config, debug_config.stages["halve"], {}, tmp_path / "halve", torch.device("cpu"))
+    assert stage_seconds(ctx) == {"teacher": 1.0, "guide": 123.5}  # halve needs guide, guide the teacher
 
 
 def test_a_call_that_was_stopped_says_how_long_it_worked(

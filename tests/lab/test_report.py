@@ -247,6 +247,7 @@ def test_page_stands_alone_beside_its_pictures(written: Path, reader: Reader) ->
         with Image.open(written / name) as picture:
             picture.load()
             assert min(picture.size) > 100
+        assert (written / name).with_suffix(".pdf").read_bytes()[-6:].strip() == b"%%EOF"
     assert "A title &amp; more" in html
     assert "name: &lt;digits&gt;" in html
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_helpers import small_dit
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.lab.cli import main
-from fewstep.models import DiT, GuidedDenoiser, NetworkDenoiser, load, save, with_guidance_input
+from fewstep.models import GuidedDenoiser, NetworkDenoiser, load, save, with_guidance_input
 from fewstep.samplers import ddim
 from fewstep.schedules import Cosine, Trained, sample_seeds, seeded_noise
 
@@ -22,7 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a student of 4 steps for w in [0, 2], an unconditional model; of random weights."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    teacher = NetworkDenoiser(_network(), Cosine(), "v", trained=Trained("teacher"))
+    teacher = NetworkDenoiser(small_dit(), Cosine(), "v", trained=Trained("teacher"))
     student = with_guidance_input(teacher, w_range=(0.0, 2.0))
     with torch.no_grad():  # a fresh w path is zero: give it something to say
         for weight in student.parameters():
@@ -30,15 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student.trained = Trained("deterministic", 4, (0.0, 2.0))
     save(teacher, root / "teacher")
     save(student, root / "student")
-    save(NetworkDenoiser(_network(num_classes=None), Cosine(), "v"), root / "unconditional")
+    save(NetworkDenoiser(small_dit(num_classes=None), Cosine(), "v"), root / "unconditional")
     return root
-
-
-def _network(**changes: object) -> DiT:
-    network = DiT.from_preset("debug", width=16, depth=1, heads=1, **changes)
-    for weight in network.parameters():  # its output starts at zero
-        torch.nn.init.normal_(weight, std=0.2)
-    return network
 
 
 def run(models: Path, name: str, out: Path, *options: str) -> int:
@@ -118,7 +112,7 @@ def test_a_stage_one_model_takes_any_steps(models: Path, tmp_path: Path) -> None
         ("student", ["--w", "-1"], "--w -1.0: must be 0 (no guidance) or more"),
         ("student", ["--w", "nan"], "--w nan"),
         ("student", ["--num", "0"], "--num 0: must be 1 or more"),
-        ("student", ["--sampler", "euler"], "one of ddim, dpmpp_2m, heun, ancestral"),
+        ("student", ["--sampler", "euler"], "one of ddim, stochastic, dpmpp_2m, heun, ancestral"),
         ("student", ["--steps", "0"], "--steps 0: must be 1 or more"),
         ("student", ["--steps", "2"], "--steps 2: must be 4 or left out: "),
         ("student", ["--steps", "2", "--strict"], "was trained for 4 steps"),

@@ -94,7 +94,7 @@ def test_a_shard_whose_bytes_changed_counts_as_absent(tmp_path: Path) -> None:
 
 def test_an_interrupted_write_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill between writing and renaming must not leave a file under the shard's name."""
-    monkeypatch.setattr("fewstep.lab.shards.replace_durably", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("fewstep.lab.checkpoint.replace_durably", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ShardCache(tmp_path).put({}, 0, 1, Shard(torch.zeros(1, 1, 2, 2), 0.0))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

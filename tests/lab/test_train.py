@@ -16,6 +16,7 @@ from fewstep.lab.config import ConfigError, GuideConfig, TeacherConfig, Training
 from fewstep.lab.context import Interrupted
 from fewstep.lab.data import Split
 from fewstep.lab.signals import stop_on_signals
+from fewstep.lab.state import Skips
 from fewstep.lab.train import Trainer, TrainingError, learning_rate
 from fewstep.models import NetworkDenoiser, UNet, with_guidance_input
 from fewstep.schedules import Cosine
@@ -61,6 +62,11 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
         for average in state.ema.average.values():
             found |= {f"average {key}": value for key, value in average.items()}
     return {key: value.clone() for key, value in found.items()}
+
+
+def trained(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and optimiser state: what a skipped update leaves as it is."""
+    return {key: value for key, value in everything(trainer).items() if not key.startswith("average")}
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -222,21 +228,76 @@ def test_fp16_scale_survives_a_resume(tmp_path: Path) -> None:
     assert whole.state.scaler.state_dict() == resumed.state.scaler.state_dict()
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    # Broken: hours of training of NaN, saved over the last good weights.
-    run = trainer(tmp_path, teacher_options(checkpoint_updates=2))
+def poison(run: Trainer, steps: set[int], value: float = float("nan")) -> None:
+    """Make the loss of those updates (from 0) not finite."""
     plain = run.method.loss
 
     def poisoned(batch: Any, step: int, targets: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, logs = plain(batch, step, targets)
-        return (loss * float("nan"), logs) if step == 4 else (loss, logs)
+        return (loss + value, {**logs, "loss": logs["loss"] + value}) if step in steps else (loss, logs)
 
     run.method.loss = poisoned  # type: ignore[method-assign]  # the poison
-    with pytest.raises(TrainingError, match="not finite at update 5 of 7"):
+
+
+def test_losses_that_stay_broken_stop_the_run_and_keep_the_last_checkpoint(tmp_path: Path) -> None:
+    # Broken: hours of training of NaN, saved over the last good weights.
+    run = trainer(tmp_path, teacher_options(checkpoint_updates=2))
+    poison(run, {2, 3, 4})
+    with pytest.raises(TrainingError, match="not finite 3 times in a row, at update 5 of 7 again"):
         run.run()
     newest = max((tmp_path / "checkpoints").iterdir())
     assert newest.name == "00000004.safetensors"
-    assert_same_bits(everything(finished(tmp_path)), everything(finished(tmp_path / "other")))
+    kept = trainer(tmp_path)
+    kept._restore()
+    before = trainer(tmp_path / "before")
+    for _ in range(2):
+        before.update()
+    assert_same_bits(trained(before), trained(kept))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_loss_now_and_then_is_skipped_and_counted(
+    tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Broken: one freak batch ends a long run, or its NaN (or an infinite loss with finite gradients) reaches weights,
+    # Adam's moments and its step count (and with that its bias correction), or the means in the metrics.
+    run = trainer(tmp_path, teacher_options(anneal="none", warmup=0))
+    poison(run, {1, 2, 4, 5}, value)
+    before: dict[int, dict[str, Tensor]] = {}
+    plain = run.update
+
+    def watched() -> None:
+        plain()
+        before[run.state.step] = trained(run)
+
+    run.update = watched  # type: ignore[method-assign]  # to look at every update
+    run.run()
+    for skipped in (2, 3, 5, 6):
+        assert_same_bits(before[skipped - 1], before[skipped])
+    assert any(not torch.equal(before[6][key], before[7][key]) for key in before[6])
+    lines = metrics(tmp_path)
+    assert [line.get("skipped") for line in lines] == [1, 2, 4, 4]
+    trainer(tmp_path / "clean", teacher_options(anneal="none", warmup=0, log_every=1)).run()
+    assert lines[0]["loss"] == metrics(tmp_path / "clean")[0]["loss"]  # the mean of update 1 alone
+    assert lines[3]["loss"] == pytest.approx(lines[0]["loss"], rel=1)
+    assert "4 updates skipped so far" in capsys.readouterr().out
+
+
+def test_networks_in_turns_fail_on_their_own(tmp_path: Path) -> None:
+    # Broken: an auxiliary network that fails at its every turn is never three failures in a row, and the student goes
+    # on for hours against one that learns nothing.
+    run = trainer(tmp_path)
+    skips = Skips(["student", "auxiliary"], CPU)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    counts = [int(skips.count(name, good if name == "student" else bad)) for name in ("auxiliary", "student") * 3]
+    assert counts == [1, 0, 2, 0, 3, 0]
+    run.state.skips.count("denoiser", bad)
+    run.state.skips.count("denoiser", bad)
+    run._save()
+    again = trainer(tmp_path)
+    again._restore()
+    assert int(again.state.skips.count("denoiser", bad)) == 3  # a crash in between forgives nothing
+    assert int(again.state.skips.total) == 3
 
 
 def test_signal_in_the_middle_of_an_update_waits_for_its_end(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ An update is the whole of what `fewstep run` repeats: batch from memory, seeded 
 clipping, average, metrics. Its floor is the teacher's forwards (two for either stage: stage one evaluates both
 branches as one batch of twice the size), the student's forward and backward on bare tensors, and the optimiser,
 clipping and average, each timed alone. All parts are timed in turn within every round, so that a busy machine slows all
-of them alike; medians over rounds.
+of them alike; medians over rounds. Exits with 1 if an update takes more than 1.15 times its floor.
 """
 
 import argparse
 import copy
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from fewstep.schedules import Trained
 LIMIT = 1.15
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="digits", help="preset of the UNet")
     parser.add_argument("--batch", type=int, default=128)
@@ -54,8 +55,11 @@ def main() -> None:
         "stage one": (one, GuideConfig(batch_size=args.batch), lambda trainer: two_at_once(trainer, teacher)),
         "stage two": (two, HalveConfig(batch_size=args.batch), lambda trainer: one_by_one(trainer, guided)),
     }
-    for name, (method, options, forwards) in stages.items():
+    ratios = [
         report(name, medians(parts(method, options, forwards, device), args.rounds, device))
+        for name, (method, options, forwards) in stages.items()
+    ]
+    return int(max(ratios) > LIMIT)
 
 
 def parts(
@@ -126,8 +130,8 @@ def medians(functions: dict[str, Callable[[], object]], rounds: int, device: tor
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
-def report(name: str, milliseconds: dict[str, float]) -> None:
-    """One stage's table: the floor's parts, their sum, the update, and its ratio to the floor."""
+def report(name: str, milliseconds: dict[str, float]) -> float:
+    """Print one stage's table: the floor's parts, their sum, the update; returns the update's ratio to the floor."""
     update = milliseconds.pop("update")
     floor = sum(milliseconds.values())
     print(f"\n{name}")
@@ -135,7 +139,8 @@ def report(name: str, milliseconds: dict[str, float]) -> None:
         print(f"  {part:30} {value:8.2f} ms")
     print(f"  {'floor':30} {floor:8.2f} ms")
     print(f"  {'update':30} {update:8.2f} ms   {update / floor:.3f} x floor (at most {LIMIT})")
+    return update / floor
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -49,12 +49,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         "digest": _digest(tensors),
     }
     path = folder / f"{checkpoint.step:08d}.safetensors"
-    partial = folder / f".{path.name}.{os.getpid()}"
-    try:
-        save_file(tensors, partial, metadata={"fewstep": json.dumps(header)})
-        replace_durably(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, tensors, {"fewstep": json.dumps(header)})
     for old in checkpoints(folder)[KEEP:]:
         old.unlink()
     return path
@@ -105,6 +100,16 @@ def replace_durably(partial: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; an interrupted call leaves what was there, and nothing beside it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        replace_durably(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

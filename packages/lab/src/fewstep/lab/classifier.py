@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.distill import Batch
-from fewstep.lab.checkpoint import replace_durably, write_text
+from fewstep.lab.checkpoint import write_tensors, write_text
 from fewstep.lab.config import ConfigError
 from fewstep.schedules import Cond, seeded_noise, seeded_uniform
 
@@ -100,9 +100,8 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write `folder/model.safetensors` and `folder/config.json`, each whole or not there, the weights first."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".model.safetensors"
-    save_file({key: value.cpu().contiguous() for key, value in classifier.state_dict().items()}, partial)
-    replace_durably(partial, folder / "model.safetensors")
+    weights = {key: value.cpu() for key, value in classifier.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
     write_text(folder / "config.json", json.dumps({"format": FORMAT, "classifier": classifier.config}, indent=1) + "\n")
 
 

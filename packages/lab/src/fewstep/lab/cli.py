@@ -4,8 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
+
+from fewstep.lab import editing, targets
+from fewstep.lab.cluster.commands import add_commands
+from fewstep.lab.profile.commands import add_commands as add_profile
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; USAGE is every mistake of the user's
 
@@ -13,6 +18,8 @@ KINDS = {
     "evaluate": "measure the models of an experiment, first making those that are missing",
     "report": "write an experiment's report, first doing what it needs",
 }
+
+ALIKE = {"evaluate": "compare"}  # kind -> one that the same command stands for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     for kind, text in KINDS.items():
         command = commands.add_parser(kind, help=text)
         _experiment_arguments(command)
-        command.set_defaults(command=_run_kind, kind=kind)
+        command.set_defaults(command=_run_kind, kind=kind, grid=False)
+        if kind == "evaluate":
+            command.add_argument("--grid", action="store_true", help="measure a grid of w x steps instead")
+    add_commands(commands)
+    add_profile(commands)
+    targets_parser = commands.add_parser("targets", help="compute a stage's teacher targets once, to train on them")
+    targets.add_arguments(targets_parser)
+    targets_parser.set_defaults(command=targets.command)
     _sample_parser(commands.add_parser("sample", help="sample from a saved model"))
+    editing.add_commands(commands)
     return parser
 
 
@@ -88,14 +103,19 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run_kind(args: argparse.Namespace, console: Console) -> int:
-    """Run up to the last stage of the kind that the command is named after."""
-    from fewstep.lab.compose import compose
+    """Run up to the last stage of the kind that the command is named after, or of one like it."""
+    from fewstep.lab.compose import compose, compose_grid
     from fewstep.lab.config import ConfigError
+    from fewstep.lab.record import ancestry, is_done
     from fewstep.lab.runner import run_experiment
     from fewstep.lab.validate import stage_order
 
-    config = compose(args.experiment, args.overrides)
-    found = [name for name in stage_order(config) if config.stages[name].kind == args.kind]
+    config = (compose_grid if args.grid else compose)(args.experiment, args.overrides)
+    kinds = ("grid",) if args.grid else (args.kind, ALIKE.get(args.kind))
+    found = [name for name in stage_order(config) if config.stages[name].kind in kinds]
     if not found:
         raise ConfigError(f"stages: {args.experiment} has no stage of kind {args.kind}")
+    first = [name for name in ancestry(config, found[-1])[:-1] if not is_done(Path(config.out) / name)]
+    if first:
+        console.print(f"{found[-1]} needs first: {', '.join(first)} (not done in {config.out})")
     return run_experiment(config, until=found[-1], strict=args.strict, console=console)

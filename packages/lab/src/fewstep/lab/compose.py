@@ -18,7 +18,7 @@ from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
 from fewstep.lab.validate import validate
 from fewstep.models import PRESETS
 
-_OPEN = re.compile(r"[\w.@]*\b(overrides\.|updates_at[.=])")
+_OPEN = re.compile(r"[\w.@]*\b(overrides\.|sbatch\.|(updates|weight)_at[.=]|stages\.\w+\.schedule[.=])")
 
 
 def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -48,6 +48,32 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(_one_line(error)) from error
 
 
+def compose_grid(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`compose` for an experiment that measures a grid of w x steps: with a stage `grid` if it has none of that kind.
+
+    Such a stage takes what it needs, and how many samples, from the experiment's last stage of kind evaluate, and its w
+    from the curve there; `stages.grid.key=value` overrides it.
+
+    Raises:
+        ConfigError: as `compose`, or there is no stage of kind evaluate either.
+    """
+    try:
+        config = compose(experiment, overrides)
+        if any(stage.kind == "grid" for stage in config.stages.values()):
+            return config
+    except ConfigError as error:
+        if not str(error).startswith("stages.grid: unknown key"):
+            raise
+    plain = compose(experiment, [override for override in overrides if not override.startswith("stages.grid.")])
+    found = [name for name, stage in plain.stages.items() if stage.kind == "evaluate"]
+    if not found:
+        raise ConfigError(f"stages: {experiment} has no stage of kind grid, nor one of kind evaluate to make it of")
+    same = {key: key for key in ("needs", "num_samples", "paired_noises", "steps", "reference", "chunk")}
+    keys = {**same, "weights": "curve_weights"}
+    taken = [f"stages.grid.{key}=${{stages.{found[-1]}.{source}}}" for key, source in keys.items()]
+    return compose(experiment, ["+stage@stages.grid=grid", *taken, *overrides])
+
+
 def typed(composed: DictConfig) -> Config:
     """The `Config` of a composed tree: interpolations resolved, stages named by their keys, values checked."""
     config = OmegaConf.to_object(composed)
@@ -63,14 +89,14 @@ def typed(composed: DictConfig) -> Config:
 
 def _register() -> None:
     store = ConfigStore.instance()
-    store.store(name="experiment", node=Config)
+    store.store(name="experiment_schema", node=Config)
     for kind, schema in STAGES.items():
         store.store(group="stage", name=kind, node=schema)
 
 
 def _open_key(override: str) -> str:
     """Keys below `overrides:` and `updates_at:` are the user's own: hydra's `++` lets them be new."""
-    override = re.sub(r"updates_at\.(\d+)=(.+)", r"updates_at={\1: \2}", override)  # else its key would be a string
+    override = re.sub(r"(\w+_at)\.(\d+)=(.+)", r"\1={\2: \3}", override)  # else its key would be a string
     return f"++{override}" if _OPEN.match(override) else override
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from fewstep.lab.cluster.config import ClusterConfig
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: its message is one line that names key, value and what would be right."""
@@ -78,6 +80,7 @@ class TrainingConfig(StageConfig):
     precision: str = "fp32"
     compile: bool = False
     weight: str = "truncated_snr"
+    targets: str | None = None  # folder of stored targets, see `fewstep targets`; None computes them
     dropout: float | None = None  # None leaves what the network has
     checkpoint_updates: int = _free(0)  # save every so many updates; 0: by seconds alone
     checkpoint_seconds: float = _free(30.0)  # save every so many seconds; 0: by updates alone
@@ -113,6 +116,18 @@ class TeacherConfig(TrainingConfig):
     ema_half_life: float = 0.05
     weight: str = "snr_plus_one"
     cond_drop: float = 0.1
+
+
+@dataclass
+class ConvertConfig(TeacherConfig):
+    """The teacher fine-tuned to another prediction, so that it can be distilled: x from eps is noise where t nears 1.
+
+    to: "v", "x" or "flow"; the network starts from the teacher's weights. It then stands for the teacher.
+    """
+
+    kind: str = "convert"
+    updates: int = 2000
+    to: str = "v"
 
 
 @dataclass
@@ -156,11 +171,14 @@ class HalveConfig(TrainingConfig):
     """Stage two (papers C and A, algorithm 2): students of `steps`, each half of the one before.
 
     The first one's teacher is the stage-one model taking 2 steps[0] half-steps. Fresh optimiser, learning rate
-    annealed to 0, no average of weights and no dropout in every halving. updates_at: updates of the student of that
-    many steps where they differ from `updates`. w_range: None takes the teacher's.
+    annealed to 0, no average of weights and no dropout in every halving. students: "deterministic" (for ddim),
+    "stochastic" (algorithm 3; for samplers.stochastic) or "encoder" (algorithm 4; for samplers.encode), each a chain of
+    its own. updates_at: updates of the student of that many steps where they differ from `updates`. w_range: None takes
+    the teacher's.
     """
 
     kind: str = "halve"
+    students: str = "deterministic"
     steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
     updates: int = 1000
     updates_at: dict[int, int] = field(default_factory=dict)
@@ -168,6 +186,100 @@ class HalveConfig(TrainingConfig):
     dropout: float | None = 0.0
     w_range: list[float] | None = None
     student: StudentConfig = field(default_factory=StudentConfig)
+
+
+@dataclass
+class MomentsConfig(TrainingConfig):
+    """Moment matching (paper B): students of `steps` ancestral steps, each trained for itself from the teacher.
+
+    Needs a teacher and, if students are to start from progressively distilled ones, a stage of kind halve that has the
+    same steps. method: "alternating" (algorithm 2: an auxiliary denoiser and the student take turns) or "instant"
+    (algorithm 3: two half-batches, no auxiliary). updates and warmup count both parities: of N alternating updates
+    N / 2 are the student's, of N instant ones all are. updates_at and weight_at: those of the student of that many
+    steps. schedule: p(s), as `Config.schedule`; teacher, students and their sampler all run on it, and it is saved with
+    them; {} is the experiment's own. Other resolutions ask for another shift or sigma_max in it. weight, weight_at:
+    w(s), a loss weight or "adaptive" (DMD's). w_range: null for no guidance, [w, w] for a teacher guided by w and
+    students without it, [low, high] for students that take w (w = 0 is no guidance; Stable Diffusion's guidance scale
+    is 1 + w). renoise (alternating alone): "posterior", or "unconditional" and "ddim" for ablations. clip (instant
+    alone): bounds of the teacher's x, straight-through. preconditioner_batches (instant alone): batches on which Adam's
+    second moments of the teacher are measured; 0 takes them from its training.
+    """
+
+    kind: str = "moments"
+    method: str = "alternating"
+    steps: list[int] = field(default_factory=lambda: [8, 4, 2, 1])
+    updates: int = 4000
+    updates_at: dict[int, int] = field(default_factory=dict)
+    lr: float = 1e-4
+    warmup: int = 100
+    anneal: str = "linear"
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.99])
+    eps: float = 1e-12
+    dropout: float | None = 0.0
+    schedule: dict[str, Any] = field(default_factory=dict)
+    weight: str = "edm_weight"
+    weight_at: dict[int, str] = field(default_factory=lambda: {2: "adaptive", 1: "adaptive"})
+    w_range: list[float] | None = None
+    renoise: str = "posterior"
+    clip: list[float] | None = None
+    preconditioner_batches: int = 0
+
+
+@dataclass
+class SweepConfig(StageConfig):
+    """The teacher at its best: ancestral sampling at every pair of `noise_levels` and `weights`, and what it is worth.
+
+    noise_levels: exponents in [0, 1] of paper C, eq. 4; 0 is the plain posterior. weights: w (w = 0 is no guidance;
+    Stable Diffusion's guidance scale is 1 + w). schedule: the teacher is sampled on it, {} is its own. The rest as in
+    `EvaluateConfig`.
+    """
+
+    kind: str = "sweep"
+    steps: int = 128
+    noise_levels: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.5])
+    weights: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3])
+    schedule: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 1000
+    chunk: int = 250
+    kid_subsets: int = 50
+    workers: int = _free(0)
+    seed: int = 1
+
+
+@dataclass
+class RatioTarget:
+    """`measure` of the students of `steps` of a stage, over that of another's or of the teacher ("teacher").
+
+    One of at_most and at_least is given. aim: reported, but not missed.
+    """
+
+    stage: str = MISSING
+    steps: int = MISSING
+    measure: str = "fid_heldout"
+    over: str = "teacher"
+    at_most: float | None = None
+    at_least: float | None = None
+    aim: bool = False
+
+
+@dataclass
+class CompareConfig(StageConfig):
+    """Students of several stages (moments, halve) against data, beside the teacher at the best of a sweep.
+
+    Everything is measured on `sampling_seeds` independent sets of `num_samples`, and given as mean and standard
+    deviation. weights: the w of students that take it (w = 0 is no guidance; Stable Diffusion's guidance scale is
+    1 + w); those without have one row. The rest as in `EvaluateConfig`.
+    """
+
+    kind: str = "compare"
+    num_samples: int = 1000
+    sampling_seeds: int = 3
+    weights: list[float] = field(default_factory=lambda: [0.0])
+    chunk: int = 250
+    kid_subsets: int = 50
+    workers: int = _free(0)
+    seed: int = 2
+    targets: list[RatioTarget] = field(default_factory=list)
 
 
 @dataclass
@@ -263,6 +375,65 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass
+class GridTarget:
+    """`measure` of the students of `steps` of a stage at `w`, over that of another stage's, is to be at most `at_most`.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). measure: "fid_heldout" or "paired_error".
+    """
+
+    stage: str = MISSING
+    over: str = MISSING
+    w: float = MISSING
+    steps: int = MISSING
+    measure: str = "fid_heldout"
+    at_most: float = 1.0
+
+
+@dataclass
+class GridConfig(StageConfig):
+    """FID, IS, class accuracy and paired error over w x steps: every student of the stages of kind halve in `needs`,
+    and undistilled samplers at equal cost.
+
+    sampling_seeds: independent sets of `num_samples` that a figure is the mean of; the paired error is of the first
+    set's first `paired_noises`. weights: w, where the students know it (w = 0 is no guidance; Stable Diffusion's
+    guidance scale is 1 + w). steps: those of the columns. The rest as in `EvaluateConfig`.
+    """
+
+    kind: str = "grid"
+    num_samples: int = 1000
+    sampling_seeds: int = 3
+    paired_noises: int = 128
+    weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0, 3.0])
+    steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    chunk: int = 250
+    workers: int = _free(0)
+    seed: int = 3
+    targets: list[GridTarget] = field(default_factory=list)
+
+
+@dataclass
+class InvertConfig(StageConfig):
+    """Distilled encoders against reverse DDIM on the guided teacher: latents, round trips, style transfer.
+
+    Needs the classifier, the teacher, and two stages of kind halve: one of encoders, one of deterministic students.
+    images: held-out images that are encoded. weights: w of encoder and decoder (w = 0 is no guidance; Stable
+    Diffusion's guidance scale is 1 + w). steps: those of encoders and decoders, and of DDIM beside them. truth_steps:
+    of the DDIM inversion that latents are held against. headline: steps that `at_most` is about, the limit of an
+    encoder's latent and round-trip error over those of DDIM; null asks for nothing. chunk: images at once.
+    """
+
+    kind: str = "invert"
+    images: int = 200
+    weights: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    steps: list[int] = field(default_factory=lambda: [16, 8, 4])
+    truth_steps: int = 512
+    headline: int = 8
+    at_most: float | None = None
+    chunk: int = 250
+
+
+@dataclass
 class ReportConfig(StageConfig):
     """The HTML page and its pictures."""
 
@@ -273,9 +444,15 @@ class ReportConfig(StageConfig):
 STAGES: dict[str, type[StageConfig]] = {
     "classifier": ClassifierConfig,
     "teacher": TeacherConfig,
+    "convert": ConvertConfig,
     "guide": GuideConfig,
     "halve": HalveConfig,
+    "moments": MomentsConfig,
+    "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
+    "grid": GridConfig,
+    "invert": InvertConfig,
+    "compare": CompareConfig,
     "report": ReportConfig,
 }
 
@@ -286,7 +463,7 @@ class Config:
 
     out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch, on the CPU; None: its choice.
     schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
-    "flow". stages: name -> one of the dataclasses above, in the order in which they run.
+    "flow". stages: name -> one of the dataclasses above, in the order in which they run. cluster: see `ClusterConfig`.
     """
 
     name: str = _free(MISSING)
@@ -302,3 +479,4 @@ class Config:
     prediction: str = "v"
     network: NetworkConfig = field(default_factory=NetworkConfig)
     stages: dict[str, Any] = field(default_factory=dict)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"result": False})

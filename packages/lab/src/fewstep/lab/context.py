@@ -15,6 +15,10 @@ def _never() -> bool:
     return False
 
 
+def unfenced() -> None:
+    """The fence of a folder that no other process can claim."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """The arguments of `run(ctx)`, the one function of every `fewstep.lab.stages.*` module.
@@ -22,7 +26,9 @@ class StageContext:
     config: the whole experiment. stage: this stage's own entry (`GuideConfig`, `EvaluateConfig`, ...). inputs: name ->
     folder of each stage in `stage.needs`, all of them finished. out: this stage's folder; what lies in it from an
     interrupted call is to be gone on from. stopping: true once the user or the cluster asked to stop: save, then raise
-    `Interrupted`. strict: warnings about a model used outside what it was trained for are errors.
+    `Interrupted`. fence: called before every write, raises once another attempt has claimed the folder. instead: takes
+    the place of training, given method and seed. strict: warnings about a model used outside what it was trained for
+    are errors.
     """
 
     config: Config
@@ -32,11 +38,13 @@ class StageContext:
     device: torch.device
     console: Console = field(default_factory=Console)
     stopping: Callable[[], bool] = _never
+    fence: Callable[[], None] = unfenced
+    instead: Callable[[Any, int], None] | None = None
     strict: bool = False
 
-    def inputs_of_kind(self, kind: str) -> dict[str, Path]:
-        """The inputs whose stage is of that kind ("teacher", "guide", "halve", ...), in the order of `needs`."""
-        return {name: path for name, path in self.inputs.items() if self.config.stages[name].kind == kind}
+    def inputs_of_kind(self, *kinds: str) -> dict[str, Path]:
+        """The inputs whose stage is of such a kind ("teacher", "guide", "halve", ...), in the order of `needs`."""
+        return {name: path for name, path in self.inputs.items() if self.config.stages[name].kind in kinds}
 
 
 class Interrupted(Exception):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.lab.config import ConfigError, DataConfig
+from fewstep.schedules import sample_seeds
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(bunch.target, dtype=torch.int64)
 
 
+def _digits16() -> tuple[Tensor, Tensor]:
+    images, labels = _digits()
+    larger = torch.nn.functional.interpolate(images, scale_factor=2, mode="bicubic", align_corners=False)
+    return larger.clamp(-1, 1), labels
+
+
 @dataclass(frozen=True)
 class Known:
     """A data set: what a config must agree with before anything is loaded, and how to load it.
@@ -59,7 +66,10 @@ class Known:
     load: Callable[[], tuple[Tensor, Tensor]]
 
 
-KNOWN = {"digits": Known(image_size=8, channels=1, num_classes=10, count=1797, load=_digits)}
+KNOWN = {
+    "digits": Known(image_size=8, channels=1, num_classes=10, count=1797, load=_digits),
+    "digits16": Known(image_size=16, channels=1, num_classes=10, count=1797, load=_digits16),
+}
 
 
 def load_data(config: DataConfig) -> Data:
@@ -106,6 +116,14 @@ class Order:
         share = self.batch_size // world
         start = update * self.batch_size + rank * share
         return torch.arange(start, start + share)
+
+    def seeds(self, positions: Tensor) -> Tensor:
+        """Seeds (B,) int64 of the samples at those places: functions of (seed, update, place)."""
+        updates = positions // self.batch_size
+        seeds = torch.empty_like(positions)
+        for update in torch.unique(updates).tolist():
+            seeds[updates == update] = sample_seeds(self.seed, update, positions[updates == update])
+        return seeds
 
     def indices(self, positions: Tensor) -> Tensor:
         """Sample indices (B,) at those places of the stream; an epoch meets every image once."""

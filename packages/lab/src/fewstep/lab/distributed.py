@@ -12,10 +12,16 @@ from fewstep.lab.config import ConfigError
 PATIENCE = timedelta(days=1)
 
 
-def start(device: torch.device) -> None:
-    """Join the group that torchrun announces in the environment; nothing where there is none."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+def start(device: torch.device, store: dist.Store | None = None) -> None:
+    """Join the group that torchrun announces in the environment; nothing where there is none.
+
+    store: where its processes meet, if not at torchrun's address.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        return
+    where = {} if store is None else {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, **where)
 
 
 def stop() -> None:

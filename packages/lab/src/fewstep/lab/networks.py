@@ -71,6 +71,27 @@ def guided_student(
     return student
 
 
+def on_schedule(denoiser: NetworkDenoiser, settings: dict[str, Any]) -> NetworkDenoiser:
+    """The same network under another schedule, or itself for {}: what `schedules.reschedule` gives, but trainable and
+    saved with that schedule.
+
+    VP and VE differ only in the scale of z, and the network sees z at unit scale and the angle of its log-SNR.
+
+    Raises:
+        ConfigError: from a flow schedule to another kind or back, or a network that takes indices as times.
+    """
+    if not settings:
+        return denoiser
+    schedule = schedule_from_config(settings)
+    if ("flow" in (schedule.kind, denoiser.schedule.kind) and schedule.kind != denoiser.schedule.kind) or (
+        denoiser.time_input == "index" and schedule != denoiser.schedule
+    ):
+        raise ConfigError(f"schedule={settings}: a network on {denoiser.schedule} cannot go on from there unchanged")
+    return NetworkDenoiser(
+        denoiser.network, schedule, denoiser.prediction, time_input=denoiser.time_input, trained=denoiser.trained
+    )
+
+
 def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDenoiser:
     """The same denoiser with another probability of dropout, in [0, 1); None leaves what it has.
 

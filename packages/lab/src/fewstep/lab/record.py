@@ -19,6 +19,7 @@ from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.config import Config, ConfigError
 
+COMMIT = "fewstep.commit"  # beside a copy of the code that was taken at submission: the commit it was taken of
 _SAME_BITS = ("world_size", "threads", "torch")  # what a call must share with the one before to give its bits
 
 
@@ -28,7 +29,7 @@ def relevant(config: Config, stage: str, *, results_only: bool = False) -> dict[
     results_only: leave out the keys that may change between two calls (progress, logging, saving).
     """
     plain = _plain(config, results_only)
-    return {**plain, "stages": {name: plain["stages"][name] for name in _ancestry(config, stage)}}
+    return {**plain, "stages": {name: plain["stages"][name] for name in ancestry(config, stage)}}
 
 
 def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
@@ -50,6 +51,12 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
                 f"{key}={_show(now)}: {folder} was made with {_show(before)}; put that back, or choose another out=, "
                 f"or delete the folder and those made from it"
             )
+
+
+def first_change(old: Config, new: Config) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first key that changes a result; None if there is none."""
+    trees = (_from_yaml(_to_yaml(_plain(config, True))) for config in (old, new))
+    return next(_changes(*trees), None)
 
 
 def begin(config: Config, stage: str, folder: Path) -> None:
@@ -99,6 +106,9 @@ def other_circumstances(folder: Path) -> str | None:
 def commit() -> str:
     """The git commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a clone."""
     here = Path(__file__).parent
+    copied = here.parents[1] / COMMIT
+    if copied.is_file():
+        return copied.read_text().strip()
     head = _git("rev-parse", "HEAD", where=here)
     if head is None:
         return "unknown"
@@ -127,10 +137,11 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _ancestry(config: Config, stage: str) -> list[str]:
+def ancestry(config: Config, stage: str) -> list[str]:
+    """The stages that `stage` rests on, each after those it rests on itself, and `stage` last."""
     found: list[str] = []
     for need in config.stages[stage].needs:
-        found += [name for name in _ancestry(config, need) if name not in found]
+        found += [name for name in ancestry(config, need) if name not in found]
     return [*found, stage]
 
 
@@ -181,6 +192,8 @@ def _is_call(found: Any) -> bool:
 
 def _changes(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, old value, new value) of every leaf in which two nested dicts differ; an absent one is None."""
+    if isinstance(new, dict) and old is None:  # a part of the config that is newer than the folder
+        old = {}
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old != new:
             yield prefix, old, new

@@ -5,23 +5,30 @@ import importlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from fewstep.lab import distributed, record
+from fewstep.lab.cluster.attempt import Attempt, Superseded
 from fewstep.lab.config import Config, ConfigError, TrainingConfig
-from fewstep.lab.context import Interrupted, StageContext
+from fewstep.lab.context import Interrupted, StageContext, unfenced
 from fewstep.lab.networks import build_denoiser
 from fewstep.lab.signals import StopFlag, stop_on_signals
 from fewstep.lab.validate import stage_order, untrained_weights
 
 
-def run_experiment(config: Config, *, until: str | None = None, strict: bool = False, console: Console) -> int:
+def run_experiment(
+    config: Config, *, until: str | None = None, strict: bool = False, console: Console, store: dist.Store | None = None
+) -> int:
     """Do the stages that are not done, up to and with `until`; returns the exit code, 128 + signal if interrupted.
+
+    store: where several processes meet, if not at torchrun's address.
 
     Raises:
         ConfigError: before any compute: a device that is not there, a folder made with another config, another run
@@ -30,13 +37,41 @@ def run_experiment(config: Config, *, until: str | None = None, strict: bool = F
     names = _stages(config, until)
     device = distributed.pick_device(config.device)
     _set_up(config, device)
-    distributed.start(device)
+    distributed.start(device, store)
     try:
         _say_if_untrained(config, names, console, strict)
         with _locked(Path(config.out)), stop_on_signals() as stop:
             for name in names:
                 record.refuse_mixing(config, name, Path(config.out) / name)
             return _walk(config, names, device, console, stop, strict)
+    finally:
+        distributed.stop()
+
+
+def run_stage(
+    config: Config, name: str, attempt: Attempt, stop: StopFlag, console: Console, store: dist.Store | None = None
+) -> int:
+    """Do one stage as a job of its own; returns the exit code, 128 + signal if interrupted.
+
+    The folder is `attempt`'s until a newer one claims it, and takes no lock: one of a process that a lost node left
+    behind would keep its successor out.
+
+    Raises:
+        ConfigError: a stage that it needs is not done, or the folder was made with another config.
+        Superseded: a newer attempt has the folder.
+    """
+    out = Path(config.out)
+    device = distributed.pick_device(config.device)
+    _set_up(config, device)
+    missing = [need for need in config.stages[name].needs if not record.is_done(out / need)]
+    if missing:
+        raise ConfigError(f"stages.{name}.needs={missing}: not done in {out}; run them first")
+    record.refuse_mixing(config, name, out / name)
+    distributed.start(device, store)
+    try:
+        if distributed.is_main() and not record.is_done(out / name):
+            attempt.claim(out / name)
+        return _walk(config, [name], device, console, stop, strict=False, fence=partial(attempt.check, out / name))
     finally:
         distributed.stop()
 
@@ -67,14 +102,20 @@ def _say_if_untrained(config: Config, names: list[str], console: Console, strict
 
 
 def _walk(
-    config: Config, names: list[str], device: torch.device, console: Console, stop: StopFlag, strict: bool
+    config: Config,
+    names: list[str],
+    device: torch.device,
+    console: Console,
+    stop: StopFlag,
+    strict: bool,
+    fence: Callable[[], None] = unfenced,
 ) -> int:
     if not distributed.is_main():
         console = Console(quiet=True)
     for name in names:
         stage, out = config.stages[name], Path(config.out)
         inputs = {need: out / need for need in stage.needs}
-        ctx = StageContext(config, stage, inputs, out / name, device, console, stop, strict)
+        ctx = StageContext(config, stage, inputs, out / name, device, console, stop, fence, strict=strict)
         if record.is_done(ctx.out):
             console.print(f"{name}  done before", highlight=False)
             continue
@@ -96,12 +137,15 @@ def _run_stage(ctx: StageContext) -> None:
     if isinstance(ctx.stage, TrainingConfig) or distributed.is_main():
         try:
             importlib.import_module(f"fewstep.lab.stages.{ctx.stage.kind}").run(ctx)
+        except Superseded:
+            raise
         except BaseException:
             if distributed.is_main():
                 record.interrupt(ctx.out, time.monotonic() - began)
             raise
     if distributed.is_main():
         seconds = time.monotonic() - began
+        ctx.fence()
         record.finish(ctx.out, seconds)
         ctx.console.print(f"{name}  done in {seconds:.1f} s", highlight=False)
     distributed.barrier()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fewstep.lab.cluster.config import ClusterConfig
     from fewstep.lab.sampling import SampleSpec
     from fewstep.models import NetworkDenoiser
     from fewstep.schedules import Denoiser
@@ -29,15 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `fewstep sample`."""
     parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
     parser.add_argument("--steps", type=int, help="sampling steps; a student of a few steps takes its own alone")
-    parser.add_argument("--w", type=float, default=1.0, help="guidance weight; 0 is none (scale is 1 + w)")
+    weight = "guidance weight; 0 is none (scale is 1 + w); default: 1, or 0 for a student distilled without w"
+    parser.add_argument("--w", type=float, help=weight)
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
-    parser.add_argument("--sampler", default="ddim", help="ddim, dpmpp_2m, heun or ancestral")
+    parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")
     parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
     parser.add_argument("--chunk", type=int, default=250, help="images sampled at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--png", action="store_true", help="also write every image as its own PNG")
+    parser.add_argument("--shards", type=int, default=1, help="jobs that share the work, with cluster=slurm")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="cluster=...", help="where to: see docs/slurm.md")
     parser.add_argument("--strict", action="store_true", help="refuse a w or sampler that it was not trained for")
 
 
@@ -51,16 +55,20 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     import torch
 
+    from fewstep.lab.cluster.choice import chosen
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
     from fewstep.lab.sampling import misuse
     from fewstep.models import load
 
-    for name in ("num", "chunk"):
-        _require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
+    for name in ("num", "chunk", "shards"):
+        require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
     device = pick_device(args.device)
     network = load(args.model, device)
     spec = spec_of(args, network)
+    cluster = chosen(args.overrides)
+    if cluster.kind == "slurm":
+        return _send(args, spec, cluster, console)
     with misuse(console, args.strict):
         denoiser = with_guidance(network, spec.w)
         images = torch.cat(list(sample(denoiser, spec, args.num, device, console))).clamp(-1, 1)
@@ -69,52 +77,70 @@ def command(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _send(args: argparse.Namespace, spec: SampleSpec, cluster: ClusterConfig, console: Console) -> int:
+    """Have a job array make them."""
+    from fewstep.lab.cluster.arrays import submit_shards
+    from fewstep.lab.sample_shards import Collecting, Samples, Sampling
+
+    out = Path(args.out).absolute()
+    samples = Samples(str(Path(args.model).absolute()), spec, args.num, str(out), args.device)
+    then = Collecting(samples, args.png)
+    return submit_shards(cluster, out, args.shards, Sampling(samples), console, then=then)
+
+
 def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:
     """What is to be sampled, every argument checked against the model."""
-    from fewstep.lab.sampling import SAMPLERS, SampleSpec
+    from fewstep.lab.sampling import SAMPLERS, SampleSpec, own_sampler
     from fewstep.models import Network
 
-    _require(args.sampler in SAMPLERS, "--sampler", args.sampler, f"one of {', '.join(SAMPLERS)}")
-    _require(args.w >= 0 and math.isfinite(args.w), "--w", args.w, "0 (no guidance) or more")
-    steps = _steps(args, network)
+    sampler = args.sampler or own_sampler(network.trained)
+    require(sampler in SAMPLERS, "--sampler", sampler, f"one of {', '.join(SAMPLERS)}")
+    w, steps = weight_for(args.w, network), steps_for(args.steps, args.model, network)
     shape = cast(Network, network.network).input_shape
     classes = parse_classes(args.classes, cast(Network, network.network).num_classes)
-    return SampleSpec(args.sampler, steps, args.w, args.seed, 0, shape, classes, args.chunk)
+    return SampleSpec(sampler, steps, w, args.seed, 0, shape, classes, args.chunk)
 
 
-def _steps(args: argparse.Namespace, network: NetworkDenoiser) -> int:
+def weight_for(asked: float | None, network: NetworkDenoiser) -> float:
+    """The weight asked for; else 1, or 0 for a student that was distilled for no other.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+    """
+    without = network.trained is not None and network.trained.kind == "moments" and not network.takes_guidance
+    w = asked if asked is not None else (0.0 if without else 1.0)
+    require(w >= 0 and math.isfinite(w), "--w", w, "0 (no guidance) or more")
+    return w
+
+
+def steps_for(asked: int | None, folder: str, network: NetworkDenoiser) -> int:
     """Those asked for: any number of a teacher or a stage-one model, a student's own of a student."""
-    asked, trained = cast(int | None, args.steps), network.trained and network.trained.steps
+    trained = network.trained and network.trained.steps
     if asked is None and trained is None:
-        raise ConfigError(f"--steps: {args.model} needs it; only a student of a few steps knows its number")
+        raise ConfigError(f"--steps: {folder} needs it; only a student of a few steps knows its number")
     if asked is not None:
-        _require(asked >= 1, "--steps", asked, "1 or more")
-        _require(
-            trained in (None, asked),
-            "--steps",
-            asked,
-            f"{trained} or left out: {args.model} was trained for {trained} steps",
-        )
+        require(asked >= 1, "--steps", asked, "1 or more")
+        right = f"{trained} or left out: {folder} was trained for {trained} steps"
+        require(trained in (None, asked), "--steps", asked, right)
     return asked or cast(int, trained)
 
 
-def parse_classes(text: str, num_classes: int | None) -> tuple[int, ...]:
+def parse_classes(text: str, num_classes: int | None, option: str = "--classes") -> tuple[int, ...]:
     """ "0-3,7" as (0, 1, 2, 3, 7); "" as every class, or as none for an unconditional model.
 
     Raises:
         ConfigError: no such list, or a class that the model does not know.
     """
     if num_classes is None:
-        _require(not text, "--classes", text, "left out: this model is unconditional")
+        require(not text, option, text, "left out: this model is unconditional")
         return ()
     found: list[int] = []
     for part in text.split(",") if text else [f"0-{num_classes - 1}"]:
         low, _, high = part.strip().partition("-")
         fits = low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)
-        _require(fits, "--classes", text, "a list such as 0-9 or 3,5,7")
+        require(fits, option, text, "a list such as 0-9 or 3,5,7")
         found += range(int(low), int(high or low) + 1)
     for index in found:
-        _require(index < num_classes, "--classes", text, f"within 0-{num_classes - 1}: this model has no class {index}")
+        require(index < num_classes, option, text, f"within 0-{num_classes - 1}: this model has no class {index}")
     return tuple(found)
 
 
@@ -133,28 +159,25 @@ def sample(denoiser: Denoiser, spec: SampleSpec, num: int, device: torch.device,
 
 def write(out: Path, images: Tensor, spec: SampleSpec, model: str, *, every_image: bool) -> None:
     """Write grid.png, a column per class, samples.safetensors, and if asked to `images/00000.png` and so on."""
-    from safetensors.torch import save_file
-
-    from fewstep.lab.checkpoint import replace_durably
+    from fewstep.lab.checkpoint import write_tensors
     from fewstep.lab.pictures import enlarged, tile, to_bytes, write_png
 
     out.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(images)
     columns = len(spec.classes) if 1 < len(spec.classes) <= MOST_COLUMNS else math.ceil(math.sqrt(len(images)))
     write_png(out / "grid.png", tile(enlarged(pixels), min(columns, len(images))))
-    tensors = {"images": images.contiguous(), "seeds": spec.seeds(0, len(images))}
+    tensors = {"images": images, "seeds": spec.seeds(0, len(images))}
     labels = spec.labels(0, len(images))
     if labels is not None:
         tensors["classes"] = labels
-    partial = out / ".samples.safetensors"
-    save_file(tensors, partial, {"sample": json.dumps({"model": model, **asdict(spec)})})
-    replace_durably(partial, out / "samples.safetensors")
+    write_tensors(out / "samples.safetensors", tensors, {"sample": json.dumps({"model": model, **asdict(spec)})})
     if every_image:
         (out / "images").mkdir(exist_ok=True)
         for i, image in enumerate(pixels):
             write_png(out / "images" / f"{i:05d}.png", image)
 
 
-def _require(holds: bool, option: str, value: object, right: str) -> None:
+def require(holds: bool, option: str, value: object, right: str) -> None:
+    """Raise ConfigError, naming option and value, unless it holds; `right`: what the value must be."""
     if not holds:
         raise ConfigError(f"{option}{f' {value}' if value != '' else ''}: must be {right}")

@@ -19,10 +19,18 @@ from torch import Tensor
 
 from fewstep.lab.config import ConfigError
 from fewstep.lab.shards import Shard, ShardCache
-from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun
-from fewstep.schedules import Denoiser, sample_seeds, seeded_noise
+from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun, stochastic
+from fewstep.schedules import Denoiser, Trained, sample_seeds, seeded_noise
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun, "ancestral": ancestral}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddim": ddim, "stochastic": stochastic, "dpmpp_2m": dpmpp_2m, "heun": heun, "ancestral": ancestral,
+}  # fmt: skip
+OWN_SAMPLERS = {"stochastic": "stochastic", "moments": "ancestral"}  # of students by their kind; ddim of the others
+
+
+def own_sampler(trained: Trained | None) -> str:
+    """The sampler that a model was distilled for; ddim for those that were not."""
+    return "ddim" if trained is None else OWN_SAMPLERS.get(trained.kind, "ddim")
 
 
 def calls_of(sampler: str, steps: int) -> int:
@@ -45,7 +53,8 @@ class SampleSpec:
 
     w: guidance weight >= 0; w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). seed and noises choose
     the noise of sample i; sets that differ in `noises` are independent. classes: sample i gets class
-    classes[i % len(classes)], none if empty. shape: (C, H, W). chunk: images sampled at once.
+    classes[i % len(classes)], none if empty. shape: (C, H, W). chunk: images sampled at once. noise_level: of ancestral
+    sampling, in [0, 1].
     """
 
     sampler: str
@@ -56,6 +65,7 @@ class SampleSpec:
     shape: tuple[int, int, int]
     classes: tuple[int, ...]
     chunk: int
+    noise_level: float = 0.0
 
     def ranges(self, count: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of each chunk of samples 0, ..., count - 1."""
@@ -83,8 +93,9 @@ def sample_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, de
     labels = spec.labels(start, stop)
     noise = seeded_noise(seeds, spec.shape).to(device)
     cond = None if labels is None else labels.to(device)
+    louder = {"noise_level": spec.noise_level} if spec.noise_level else {}
     with torch.inference_mode():
-        x = SAMPLERS[spec.sampler](denoiser, noise, spec.steps, cond, spec.w, seeds=seeds)
+        x = SAMPLERS[spec.sampler](denoiser, noise, spec.steps, cond, spec.w, seeds=seeds, **louder)
     return x.float().cpu()
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.lab.checkpoint import replace_durably
+from fewstep.lab.checkpoint import write_tensors
 
 
 class Shard(NamedTuple):
@@ -59,12 +57,7 @@ def write_shard(path: Path, shard: Shard) -> None:
     """Write a shard with its checksum; an interrupted call leaves the file as it was."""
     images = shard.images.contiguous()
     metadata = {"sha256": _digest(images), "seconds": repr(shard.seconds)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({"images": images}, partial, metadata)
-        replace_durably(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, {"images": images}, metadata)
 
 
 def read_shard(path: Path) -> Shard | None:

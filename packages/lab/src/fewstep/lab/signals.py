@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the running stage grants at its next step."""
+"""Ctrl-C, SIGTERM and SIGUSR2 (Slurm's warning) as a wish that the running stage grants at its next step."""
 
 import signal
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Within, SIGINT and SIGTERM only set the flag: saving inside a handler could meet a half-done update."""
+    """Within, SIGINT, SIGTERM and SIGUSR2 only set the flag: saving inside a handler could meet a half-done update."""
     flag = StopFlag()
-    before = {number: signal.signal(number, flag._set) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, flag._set) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield flag
     finally:

@@ -1,7 +1,7 @@
 """What a training update changes, and its way into a checkpoint and back."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class State:
     ema: Ema | None
     scaler: torch.amp.GradScaler
     meter: "Meter"
+    skips: "Skips"
     step: int = 0
 
 
@@ -32,20 +33,37 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Tensor | int] = {}
         self.device = device
 
-    def add(self, logs: dict[str, Tensor]) -> None:
-        """Take in the values of one update."""
+    def add(self, logs: dict[str, Tensor], good: Tensor) -> None:
+        """Take in the values of one update, unless it was skipped: `good` () bool."""
         for name, value in logs.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.sums[name] = self.sums.get(name, 0) + torch.where(good, value, torch.zeros_like(value))
+            self.counts[name] = self.counts.get(name, 0) + good.long()
 
     def means(self) -> dict[str, float]:
-        """The means over updates and processes; the sums start anew."""
+        """The means over updates and processes, NaN where all were skipped; the sums start anew."""
         found = {name: float(distributed.mean(value / self.counts[name])) for name, value in self.sums.items()}
         self.sums, self.counts = {}, {}
         return found
+
+
+class Skips:
+    """Updates skipped because their loss or gradient was not finite, on the device like the sums of `Meter`.
+
+    total: of all. in_row: by optimiser, those since its last good update; networks that take turns fail on their own.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device):
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_row = {name: torch.zeros_like(self.total) for name in names}
+
+    def count(self, name: str, good: Tensor) -> Tensor:
+        """Take in an update of that optimiser, `good` () bool; returns how many of its last ones were skipped."""
+        self.total = self.total + ~good
+        self.in_row[name] = torch.where(good, torch.zeros_like(self.total), self.in_row[name] + 1)
+        return self.in_row[name]
 
 
 def fresh_state(method: Method, options: TrainingConfig, updates: int, device: torch.device) -> State:
@@ -59,6 +77,7 @@ def fresh_state(method: Method, options: TrainingConfig, updates: int, device: t
         ema=Ema(method.networks, decay) if averaged else None,
         scaler=torch.amp.GradScaler(device.type, enabled=options.precision == "fp16"),
         meter=Meter(device),
+        skips=Skips(groups, device),
     )
 
 
@@ -77,7 +96,9 @@ def clip_(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
 
 def checkpoint_of(state: State) -> Checkpoint:
     """The state as it is saved."""
-    meta = {"scaler": state.scaler.state_dict(), "counts": dict(state.meter.counts)}
+    skipped = {"total": int(state.skips.total), **{f"in_row/{k}": int(v) for k, v in state.skips.in_row.items()}}
+    counts = {name: int(count) for name, count in state.meter.counts.items()}
+    meta = {"scaler": state.scaler.state_dict(), "counts": counts, "skipped": skipped}
     return Checkpoint(state.step, dict(_tensors(state)), meta)
 
 
@@ -115,6 +136,8 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
     state.meter.sums = {name: value.to(state.meter.device) for name, value in _under(tensors, "sum/").items()}
     state.meter.counts = checkpoint.meta["counts"]
     state.scaler.load_state_dict(checkpoint.meta["scaler"])
+    for name, count in checkpoint.meta.get("skipped", {}).items():
+        (state.skips.total if name == "total" else state.skips.in_row[name.removeprefix("in_row/")]).fill_(count)
     state.step = checkpoint.step
 
 

@@ -10,26 +10,28 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fewstep.distill import Batch, Method
+from fewstep.distill import Batch, Method, TargetMethod
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import load_latest, save_checkpoint
 from fewstep.lab.config import ConfigError, TrainingConfig
-from fewstep.lab.context import Interrupted
+from fewstep.lab.context import Interrupted, unfenced
 from fewstep.lab.data import Order, Split
 from fewstep.lab.journal import Journal
 from fewstep.lab.state import State, checkpoint_of, clip_, fresh_state, load_state
-from fewstep.schedules import sample_seeds
+from fewstep.lab.stored import TargetStore
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Updates between two agreements of several processes on whether to stop: each costs them a round trip.
 AGREE_EVERY = 8
+# Updates of one optimiser in a row that are skipped for a loss or gradient that is not finite, before training stops.
+PATIENCE = 3
 
 
 class TrainingError(RuntimeError):
@@ -52,14 +54,17 @@ class _Loss(nn.Module):
         self._method = [method]  # in a list: the teacher must not become a part of the module
         self.networks = nn.ModuleDict(method.networks)
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._method[0].loss(batch, step)
+    def forward(self, batch: Batch, step: int, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if targets is None:
+            return self._method[0].loss(batch, step)
+        return cast(TargetMethod, self._method[0]).loss(batch, step, targets)
 
 
 class Trainer:
     """Trains the networks of `method` on `split` for `updates`, from the last checkpoint in `out` if there is one.
 
-    seed: of this stage; label: its name on the screen. The weights (and `state.ema`) are to be read after `run`.
+    seed: of this stage; label: its name on the screen. stored: targets that were computed before. The
+    weights (and `state.ema`) are to be read after `run`.
     """
 
     def __init__(
@@ -75,11 +80,14 @@ class Trainer:
         label: str = "train",
         console: Console | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        fence: Callable[[], None] = unfenced,
+        stored: TargetStore | None = None,
         bar: bool = True,
         tensorboard: bool = False,
     ):
         self.method, self.options, self.updates, self.seed, self.out = method, options, updates, seed, out
         self.device, self.label, self.console, self.stopping = device, label, console or Console(), stopping
+        self.fence, self.stored = fence, stored
         self._shown = {"bar": bar, "tensorboard": tensorboard}
         _check_shares(options, label)
         self.split = split.to(device)
@@ -88,7 +96,7 @@ class Trainer:
         self.order = Order(len(split), options.batch_size, seed)
         self.state = fresh_state(method, options, updates, device)
         self._loss = _parallel(_Loss(method), device)
-        # The first update whose loss or gradient was not finite, or -1: a tensor, so that looking at it can wait.
+        # The update at which patience ended, or -1: a tensor, so that looking at it can wait.
         self._broken = torch.full((), -1, dtype=torch.int64, device=device)
 
     def run(self) -> State:
@@ -96,10 +104,12 @@ class Trainer:
 
         Raises:
             Interrupted: asked to stop; the state is saved.
-            TrainingError: the loss is not finite; the last checkpoint is kept.
+            TrainingError: loss or gradient not finite in `PATIENCE` updates of one optimiser in a row; the last
+                checkpoint is kept. Fewer such updates are skipped and counted.
         """
         self._restore()
         state, self._saved, self._logged = self.state, time.monotonic(), (self.state.step, time.monotonic())
+        self._skipped = int(state.skips.total)
         with self._journal() as journal:
             while state.step < self.updates:
                 self.update()
@@ -125,32 +135,49 @@ class Trainer:
         logs = self._backward(batch, n)
         state.scaler.unscale_(optimizer)
         norm = clip_(optimizer, options.grad_clip)
+        good = torch.isfinite(norm)
+        if not state.scaler.is_enabled():  # else it does the same
+            optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]  # fused Adam then leaves all as it is
         state.scaler.step(optimizer)
         state.scaler.update()
         state.step = n + 1
         if state.ema is not None:
             state.ema.update(state.step)
-        self._watch(n, logs["loss"], norm)
-        state.meter.add({**logs, "grad_norm": norm})
+        state.meter.add({**logs, "grad_norm": norm}, good)
+        # fp16 gradients overflow by design: the scaler lowers its scale, and only the loss tells of trouble.
+        self._watch(name, torch.isfinite(logs["loss"]) if self.options.precision == "fp16" else good)
 
     def draw(self, n: int) -> Batch:
         """This process's share of the batch of update `n`."""
         rank, world = distributed.rank(), distributed.world_size()
         torch.manual_seed(mix(self.seed, n, rank))  # what dropout draws from
-        positions = self.order.positions(n, rank, world)
+        positions = self._positions(n, rank, world)
         x, cond = self.split.take(self.order.indices(positions).to(self.device))
-        seeds = sample_seeds(self.seed, n, positions.to(self.device))
-        return self.method.draw(x, cond, seeds, n)
+        return self.method.draw(x, cond, self.order.seeds(positions).to(self.device), n)
+
+    def _positions(self, n: int, rank: int, world: int) -> Tensor:
+        """Places in the stream of samples; stored targets are met again from the first once all were."""
+        positions = self.order.positions(n, rank, world)
+        return positions if self.stored is None else positions % self.stored.count
+
+    def _targets(self, n: int, parts: list[Batch]) -> list[Tensor | None]:
+        """Targets of each part of this process's share of the batch; None where they are to be computed."""
+        if self.stored is None:
+            return [None] * len(parts)
+        found = self.stored.read(self._positions(n, distributed.rank(), distributed.world_size())).to(self.device)
+        size = len(parts[0])
+        return [found[i * size : (i + 1) * size] for i in range(len(parts))]
 
     def _backward(self, batch: Batch, n: int) -> dict[str, Tensor]:
         """Gradients of the mean loss over the batch, in `accumulate` parts; returns the means of what is logged."""
         parts = batch.chunk(self.options.accumulate)
+        targets = self._targets(n, parts)
         total: dict[str, Tensor] = {}
-        for i, part in enumerate(parts):
+        for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with self._sync(last=i == len(parts) - 1):
                 with self._autocast():
-                    loss, logs = self._loss(part, n)
-                self.state.scaler.scale(loss / len(parts)).backward()
+                    loss, logs = self._loss(part, n, target)
+                torch.autograd.backward(self.state.scaler.scale(_spoilt_if_broken(loss) / len(parts)))
             for name, value in {**logs, "loss": loss.detach()}.items():
                 total[name] = total.get(name, 0) + value / len(parts)
         return total
@@ -165,10 +192,9 @@ class Trainer:
             return nullcontext()
         return self._loss.no_sync()
 
-    def _watch(self, n: int, loss: Tensor, norm: Tensor) -> None:
-        # fp16 gradients overflow by design: the scaler skips such an update and lowers its scale.
-        good = torch.isfinite(loss) if self.options.precision == "fp16" else torch.isfinite(loss + norm)
-        self._broken = torch.where((self._broken < 0) & ~good, n + 1, self._broken)
+    def _watch(self, optimizer: str, good: Tensor) -> None:
+        ended = self.state.skips.count(optimizer, good) >= PATIENCE
+        self._broken = torch.where((self._broken < 0) & ended, self.state.step, self._broken)
         if self.device.type == "cpu":
             self._check_finite()
 
@@ -176,8 +202,9 @@ class Trainer:
         broken = int(self._broken)
         if broken >= 0:
             raise TrainingError(
-                f"{self.label}: loss or gradient not finite at update {broken} of {self.updates}; "
-                f"the checkpoints before it are kept in {self.out / 'checkpoints'}; try a lower lr or precision=fp32"
+                f"{self.label}: loss or gradient not finite {PATIENCE} times in a row, at update {broken} of "
+                f"{self.updates} again; the checkpoints before it are kept in {self.out / 'checkpoints'}; "
+                "try a lower lr or precision=fp32"
             )
 
     def _asked_to_stop(self) -> bool:
@@ -196,7 +223,15 @@ class Trainer:
         (step, then), self._logged = self._logged, (self.state.step, time.monotonic())
         speed = (self.state.step - step) * self.options.batch_size / max(self._logged[1] - then, 1e-9)
         rate = learning_rate(self.options, self.state.step - 1, self.updates)
-        journal.write(self.state.step, {**self.state.meter.means(), "lr": rate}, speed)
+        skipped = int(self.state.skips.total)
+        counted = {"skipped": float(skipped)} if skipped else {}
+        if skipped > self._skipped:
+            text = f"{self.label}  {skipped} updates skipped so far: loss or gradient not finite"
+            self.console.print(text, style="yellow", highlight=False)
+        self._skipped = skipped
+        if distributed.is_main():
+            self.fence()
+        journal.write(self.state.step, {**self.state.meter.means(), "lr": rate, **counted}, speed)
 
     def _due(self) -> bool:
         options = self.options
@@ -208,6 +243,7 @@ class Trainer:
         self._check_finite()
         self._saved = time.monotonic()
         if distributed.is_main():
+            self.fence()
             save_checkpoint(self.out / "checkpoints", checkpoint_of(self.state))
 
     def _restore(self) -> None:
@@ -225,6 +261,11 @@ def _check_shares(options: TrainingConfig, label: str) -> None:
     if options.batch_size % parts:
         many = f"{distributed.world_size()} processes x accumulate={options.accumulate}"
         raise ConfigError(f"stages.{label}.batch_size={options.batch_size}: must be a multiple of {parts} ({many})")
+
+
+def _spoilt_if_broken(loss: Tensor) -> Tensor:
+    """The loss such that, if it is not finite, no gradient is: each process then sees that one of them failed."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def mix(*numbers: int) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +51,9 @@ def spread(
         try:
             for future in _finished(set(futures), stopping):
                 yield futures[future], future.result()
+        except BrokenProcessPool:
+            if not stopping():  # Slurm's signal goes to workers too, and ends those that have just been started
+                raise
         finally:
             if not all(future.done() for future in futures):
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -6,13 +6,13 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewstep.lab import record
+from fewstep.lab.context import StageContext
 
 
 def circumstances(seed: int, device: torch.device) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def stage_seconds(inputs: Mapping[str, Path]) -> dict[str, float]:
-    """Seconds that each finished stage took, over all calls that worked at it; a killed call is not known of."""
-    return {name: _seconds(path) for name, path in inputs.items()}
+def stage_seconds(ctx: StageContext) -> dict[str, float]:
+    """Seconds of every stage that this one rests on, over all calls; a call that was killed is not known of."""
+    *before, _ = record.ancestry(ctx.config, ctx.stage.name)
+    return {name: _seconds(ctx.out.parent / name) for name in before}
 
 
 def _seconds(folder: Path) -> float:

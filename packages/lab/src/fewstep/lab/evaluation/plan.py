@@ -14,13 +14,17 @@ BASELINES = ("ddim", "dpmpp_2m")
 
 @dataclass(frozen=True)
 class Draw:
-    """One set of samples. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w)."""
+    """One set of samples; noise_level is that of ancestral sampling.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+    """
 
     model: str
     sampler: str
     steps: int
     w: float
     noises: int = PAIRED
+    noise_level: float = 0.0
 
     @property
     def label(self) -> str:
@@ -39,11 +43,12 @@ def equal_calls(nfe: int, w: float) -> int:
 
 @dataclass(frozen=True)
 class Students:
-    """The students of one stage: names of models by their steps, and the w that they were trained for."""
+    """The students of one stage: names of models by their steps, the w that they were trained for, their sampler."""
 
     name: str
     models: dict[int, str]
     w_range: tuple[float, float]
+    sampler: str = "ddim"
 
     def weights(self, asked: list[float]) -> list[float]:
         """Those of the `asked` w that the students were trained for."""
@@ -101,11 +106,12 @@ class Plan:
 
     def student(self, steps: int, w: float, students: Students | None = None) -> Draw:
         """A student by the sampler that it was distilled for."""
-        return Draw((students or self.students).models[steps], "ddim", steps, w)
+        chosen = students or self.students
+        return Draw(chosen.models[steps], chosen.sampler, steps, w)
 
     def own_teacher(self, steps: int, w: float) -> Draw:
         """What the student of `steps` was taught: twice as many steps of the student before, or of stage one."""
-        return Draw(self.students.models.get(2 * steps, self.guide), "ddim", 2 * steps, w)
+        return Draw(self.students.models.get(2 * steps, self.guide), self.students.sampler, 2 * steps, w)
 
     def stage_one(self, w: float, sampler: str) -> Draw:
         """Stage one alone, at enough steps for its error to be that of the network."""

@@ -44,8 +44,9 @@ class Samples:
     def spec(self, draw: Draw) -> SampleSpec:
         """What determines the samples of this set besides the model."""
         return SampleSpec(
-            draw.sampler, draw.steps, draw.w, self.seed, draw.noises, self.shape, self.classes, self.chunk
-        )
+            draw.sampler, draw.steps, draw.w, self.seed, draw.noises, self.shape, self.classes, self.chunk,
+            draw.noise_level,
+        )  # fmt: skip
 
     def nfe(self, draw: Draw) -> int:
         """Network evaluations per image."""

@@ -61,12 +61,11 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
     jobs = {"teacher": run(options.truth.sampler, teacher.denoiser, timed)}
     for steps in options.steps:
         student = samples.models[plan.students.models[steps]]
-        jobs[str(steps)] = run("ddim", student.denoiser, steps)
+        jobs[str(steps)] = run(plan.students.sampler, student.denoiser, steps)
     beside = {other.name: other for other in plan.others if options.headline in other.models}
     for name, other in beside.items():
-        jobs[name] = run(
-            "ddim", samples.models[other.models[options.headline]].denoiser, options.headline, plan.some_w(other)
-        )
+        denoiser = samples.models[other.models[options.headline]].denoiser
+        jobs[name] = run(other.sampler, denoiser, options.headline, plan.some_w(other))
     with torch.inference_mode():
         seconds = interleaved_medians(jobs, options.timing.repeats, samples.device)
     whole = seconds["teacher"] * options.truth.steps / timed

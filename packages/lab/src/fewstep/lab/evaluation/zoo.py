@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fewstep.lab.config import ConfigError
+from fewstep.lab.networks import on_schedule
 from fewstep.models import GuidedDenoiser, NetworkDenoiser, load
 from fewstep.schedules import Denoiser
 
@@ -21,9 +23,13 @@ def with_guidance(denoiser: NetworkDenoiser, w: float | None) -> Denoiser:
     w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
 
     Raises:
-        ConfigError: w > 0 for a model that has no condition to guide with.
+        ConfigError: w > 0 for a model that has no condition to guide with, or was distilled without w.
     """
     if denoiser.takes_guidance:
+        return denoiser
+    if denoiser.trained is not None and denoiser.trained.kind == "moments":
+        if w:
+            raise ConfigError(f"w={w:g}: this student was distilled without w; only w=0 works")
         return denoiser
     if denoiser.null_cond is not None:
         return GuidedDenoiser(denoiser, denoiser.null_cond)
@@ -34,15 +40,18 @@ def with_guidance(denoiser: NetworkDenoiser, w: float | None) -> Denoiser:
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder as `fewstep.models.save` writes it."""
+    """A model folder as `fewstep.models.save` writes it; sampled on another schedule than its own if one is given."""
 
     folder: Path
     device: torch.device
+    schedule: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> str:
         """What the samples of a model depend on: SHA-256 of its settings, which hold that of its weights."""
         settings = json.loads((self.folder / "config.json").read_text())
+        if self.schedule:
+            settings["schedule"] = self.schedule
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -53,7 +62,7 @@ class Model:
     @property
     def denoiser(self) -> Denoiser:
         """The same, guided from outside if it is a teacher."""
-        return with_guidance(self.network, None)
+        return with_guidance(on_schedule(self.network, self.schedule), None)
 
     @cached_property
     def two_branches(self) -> bool:

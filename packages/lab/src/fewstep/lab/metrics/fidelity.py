@@ -129,6 +129,18 @@ def standardised(features: Tensor, reference: Tensor) -> Tensor:
     return (features - reference.mean(0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def class_spread(features: Tensor, labels: Tensor) -> float:
+    """Variance within classes: mean squared distance of features (N, D) to the mean of their class, labels (N,).
+
+    Unbiased: over N less the number of classes. A measure of diversity beside recall; 0 for one image per class.
+    """
+    counts = labels.bincount()
+    sums = torch.zeros(len(counts), features.shape[1], dtype=features.dtype).index_add_(0, labels, features)
+    means = sums / counts.clamp(min=1)[:, None]
+    classes = int((counts > 0).sum())
+    return float((features - means[labels]).square().sum() / max(len(labels) - classes, 1))
+
+
 class PrecisionRecall(NamedTuple):
     """Shares in [0, 1] of samples inside the data's manifold, and of data inside the samples'."""
 

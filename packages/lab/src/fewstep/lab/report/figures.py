@@ -115,7 +115,9 @@ def fid_is(material: Material) -> Figure:
     """FID against IS over w, one line per step count and one for the teacher; each point is one w."""
     figure = Figure((5.6, 4.0))
     axes = figure.subplots()
-    curves: list[tuple[int | None, str, str, str]] = [(None, "teacher", INK, "o")]
+    reference = material.rows("curve", student_steps=None)[0]
+    teacher = f"teacher,\n{SAMPLER_NAMES[reference['sampler']]} {reference['steps']}"
+    curves: list[tuple[int | None, str, str, str]] = [(None, teacher, INK, "o")]
     curves += [(steps, count_steps(steps), *step_style(steps)) for steps in material.steps]
     for steps, name, colour, marker in curves:
         rows = sorted(material.rows("curve", student_steps=steps), key=lambda row: float(row["w"]))
@@ -123,6 +125,7 @@ def fid_is(material: Material) -> Figure:
         width, order = (1.8, 5) if steps is None else (1.2, 3)
         axes.plot(*points, color=colour, marker=marker, mec="white", mew=0.5, lw=width, zorder=order, label=name)
     plain_log(axes)
+    axes.margins(x=0.1)
     axes.autoscale_view()
     _name_weights(axes, sorted(material.rows("curve", student_steps=None), key=lambda row: float(row["w"])))
     features, count = material.results["features"], material.results["curve"][0]["samples"]
@@ -134,15 +137,17 @@ def fid_is(material: Material) -> Figure:
 
 
 def _name_weights(axes: Axes, rows: list[Row]) -> None:
-    last = (-math.inf, -math.inf)
+    """Name w beside the teacher's points: right of them, away from the students; past the highest score to the left."""
+    last, turn = (-math.inf, -math.inf), max(rows, key=lambda row: float(row["is"]))["w"]
     for row in rows:
         place = axes.transData.transform((row["is"], row["fid_heldout"]))
         if math.dist(place, last) < APART:
             continue
         last = tuple(place)
+        offset, side = ((-7, -3), "right") if row["w"] > turn else ((6, -9), "left")
         text = axes.annotate(
-            f"$w = {row['w']:g}$", (row["is"], row["fid_heldout"]), xytext=(6, -9), textcoords="offset points",
-            fontsize=8.5, color=FAINT, zorder=6,
+            f"$w = {row['w']:g}$", (row["is"], row["fid_heldout"]), xytext=offset, textcoords="offset points",
+            ha=side, fontsize=8.5, color=FAINT, zorder=6,
         )  # fmt: skip
         text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
 

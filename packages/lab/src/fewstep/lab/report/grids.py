@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.lab.pictures import Pixels, enlarged, to_bytes
 from fewstep.lab.report.figures import Measure, quality_panel
 from fewstep.lab.report.model import Material, Row
-from fewstep.lab.report.style import count_steps
+from fewstep.lab.report.style import SAMPLER_NAMES, count_steps
 
 FACTOR = 12  # every pixel is drawn as so many, so that scaling the figure cannot make them uneven
 GAP = 10  # white between images, and more of it before the last row, in enlarged pixels
@@ -26,7 +26,7 @@ def grid_rows(material: Material, w: float) -> list[tuple[str, Tensor]]:
     return [
         (f"teacher, {material.results['settings']['reference']['steps']} steps", images["teacher"]),
         *((count_steps(steps), images[f"student {steps}"]) for steps in material.steps),
-        (f"undistilled, {best['nfe']} evaluations", images[f"baseline {best['sampler']}"]),
+        (f"undistilled {SAMPLER_NAMES[best['sampler']]}, NFE {best['nfe']}", images[f"baseline {best['sampler']}"]),
     ]
 
 
@@ -36,11 +36,16 @@ def best_undistilled(material: Material, w: float) -> Row:
     return min(rows, key=lambda row: float(row["paired_error"]))
 
 
-def sheet(rows: list[tuple[str, Tensor]], per_class: int, classes: int) -> tuple[Pixels, list[float], list[float]]:
-    """The grid as one picture, and the centres of its rows and of its classes, in pixels of the picture."""
+def sheet(
+    rows: list[tuple[str, Tensor]], per_class: int, classes: int, apart: int = APART
+) -> tuple[Pixels, list[float], list[float]]:
+    """The grid as one picture, and the centres of its rows and of its classes, in pixels of the picture.
+
+    apart: white before the last row, beside what is between all.
+    """
     lines = [enlarged(to_bytes(by_class(images, classes, per_class)), FACTOR) for _, images in rows]
     count, height, width = lines[0].shape[:3]
-    tops = [i * (height + GAP) + (APART if i == len(lines) - 1 else 0) for i in range(len(lines))]
+    tops = [i * (height + GAP) + (apart if i == len(lines) - 1 else 0) for i in range(len(lines))]
     lefts = [i * (width + GAP) for i in range(count)]
     canvas = np.full((tops[-1] + height, lefts[-1] + width, 3), 255, dtype=np.uint8)
     for top, line in zip(tops, lines, strict=True):
@@ -73,7 +78,9 @@ def draw(axes: Axes, material: Material, w: float, per_class: int) -> None:
 def samples(material: Material, w: float, per_class: int = 2) -> Figure:
     """The grid of one w, `per_class` images of every class side by side."""
     figure = Figure((8.2, 4.2))
-    draw(figure.subplots(), material, w, per_class)
+    axes = figure.subplots()
+    draw(axes, material, w, per_class)
+    axes.set_title(f"$w = {w:g}$", pad=10)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -10,8 +9,9 @@ from string import Template
 
 from fewstep.lab.report import tables
 from fewstep.lab.report.model import Material
+from fewstep.lab.report.parts import picture, provenance, remark, scroll, verdicts
 from fewstep.lab.report.style import SAMPLER_NAMES
-from fewstep.lab.report.tables import Table, number, percent, seconds
+from fewstep.lab.report.tables import number, percent, seconds
 
 W = "<i>w</i>"
 W_IS = "<i>w</i>&nbsp;=&nbsp;"
@@ -22,7 +22,7 @@ def html(material: Material, pictures: Mapping[str, str], config: str = "") -> s
     parts = [
         _opening(material),
         *_samples(material, pictures),
-        *_targets(material),
+        *verdicts(material),
         *_quality(material, pictures),
         *_beside(material),
         *_responses(material),
@@ -30,7 +30,7 @@ def html(material: Material, pictures: Mapping[str, str], config: str = "") -> s
         *_curve(material, pictures),
         *_speed(material, pictures),
         *_training(pictures),
-        *_provenance(material, config),
+        *provenance(material, config),
     ]
     template = Template(files("fewstep.lab.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(title=escape(material.title), body="\n".join(parts))
@@ -71,12 +71,8 @@ def _samples(material: Material, pictures: Mapping[str, str]) -> list[str]:
         f"({_steps(settings['reference'])}), the students, and the better undistilled sampler at the network "
         f"evaluations of the student of {settings['headline']} steps."
     )
-    figures = [_figure(pictures[f"samples {w:g}"], f"<b>{_guidance(w)}.</b> {caption}") for w in shown]
+    figures = [picture(pictures[f"samples {w:g}"], f"<b>{_guidance(w)}.</b> {caption}") for w in shown]
     return ["<h2>Samples</h2>", *figures] if figures else []
-
-
-def _targets(material: Material) -> list[str]:
-    return ["<h2>Targets</h2>", _wide(tables.targets(material))] if material.results["targets"] else []
 
 
 def _quality(material: Material, pictures: Mapping[str, str]) -> list[str]:
@@ -101,9 +97,9 @@ def _quality(material: Material, pictures: Mapping[str, str]) -> list[str]:
         f"{_steps(settings['reference'])}; its distance to itself is between two independent sets. Images/s: of each "
         f"of {workers} processes."
     )
-    both = [_wide(tables.to_teacher(material)), _wide(tables.to_data(material))]
-    figure = _figure(pictures["quality"], caption)
-    return ["<h2>Quality against steps</h2>", figure, *both, _note(note), *_checks(material)]
+    both = [scroll(tables.to_teacher(material)), scroll(tables.to_data(material))]
+    figure = picture(pictures["quality"], caption)
+    return ["<h2>Quality against steps</h2>", figure, *both, remark(note), *_checks(material)]
 
 
 def _checks(material: Material) -> list[str]:
@@ -123,7 +119,7 @@ def _checks(material: Material) -> list[str]:
             f"{number(material.results['teacher_data']['ratio'])})."
         )
     judge = material.results["judge"]["accuracy_heldout"]
-    return [_note(text) for text in [*notes, f"The judge recognises {percent(judge)} of the held-out images."]]
+    return [remark(text) for text in [*notes, f"The judge recognises {percent(judge)} of the held-out images."]]
 
 
 def _beside(material: Material) -> list[str]:
@@ -135,7 +131,7 @@ def _beside(material: Material) -> list[str]:
         f"those of other trainings. Distance: Fréchet, to the teacher’s samples of the same {W}; "
         f"{_features(material)}.</p>"
     )
-    return ["<h2>Other students</h2>", text, _wide(table)]
+    return ["<h2>Other students</h2>", text, scroll(table)]
 
 
 def _responses(material: Material) -> list[str]:
@@ -147,7 +143,7 @@ def _responses(material: Material) -> list[str]:
         f"the mean over {rows[0]['noises']:,} noises of the root mean square difference of pixels. A student that "
         f"ignores {W} does not move.</p>"
     )
-    return ["<h2>Guidance response</h2>", text, _wide(tables.responses(material))]
+    return ["<h2>Guidance response</h2>", text, scroll(tables.responses(material))]
 
 
 def _stages(material: Material, pictures: Mapping[str, str]) -> list[str]:
@@ -158,8 +154,8 @@ def _stages(material: Material, pictures: Mapping[str, str]) -> list[str]:
     )
     note = "Share: what the squared error to the teacher grew by in this stage, of that of the last student. "
     note += "It is negative where the stage came nearer to the teacher than what it was taught by: errors may cancel."
-    table = _wide(tables.stages(material))
-    return ["<h2>Where the error comes from</h2>", _figure(pictures["stages"], caption), table, _note(note)]
+    table = scroll(tables.stages(material))
+    return ["<h2>Where the error comes from</h2>", picture(pictures["stages"], caption), table, remark(note)]
 
 
 def _curve(material: Material, pictures: Mapping[str, str]) -> list[str]:
@@ -169,7 +165,7 @@ def _curve(material: Material, pictures: Mapping[str, str]) -> list[str]:
         f"{material.results['curve'][0]['samples']:,} samples per point; {_features(material)}. FID and IS depend on "
         f"the number of samples: those of the tables are of {material.results['settings']['num_samples']:,}."
     )
-    return ["<h2>FID and IS over guidance</h2>", _figure(pictures["fid_is"], caption)]
+    return ["<h2>FID and IS over guidance</h2>", picture(pictures["fid_is"], caption)]
 
 
 def _speed(material: Material, pictures: Mapping[str, str]) -> list[str]:
@@ -183,35 +179,14 @@ def _speed(material: Material, pictures: Mapping[str, str]) -> list[str]:
         f"Seconds per batch at {W_IS}{row['w']:g}, medians of {row['repeats']} interleaved runs. The teacher was timed "
         f"for {teacher['timed_steps']} of its {teacher['steps']} steps and scaled."
     )
-    both = [_wide(tables.speed(material)), _note(note), _wide(tables.networks(material))]
-    return ["<h2>Cost</h2>", _figure(pictures["speed"], caption), *both]
+    both = [scroll(tables.speed(material)), remark(note), scroll(tables.networks(material))]
+    return ["<h2>Cost</h2>", picture(pictures["speed"], caption), *both]
 
 
 def _training(pictures: Mapping[str, str]) -> list[str]:
     if "training" not in pictures:
         return []
-    return ["<h2>Training</h2>", _figure(pictures["training"], "<b>Loss of every training.</b>")]
-
-
-def _provenance(material: Material, config: str) -> list[str]:
-    results = material.results
-    found, settings, data = results["circumstances"], results["settings"], results["data"]
-    facts = {
-        "commit": found["commit"],
-        "finished": found["finished"],
-        "hardware": f"{found['device']}: {found['cpu']}, {found['threads']} threads",
-        "software": f"Python {found['python']}, torch {found['torch']}",
-        "memory": f"evaluation: {_gigabytes(found['peak_memory_bytes'])}, and in each of {found['workers']} workers "
-        f"{_gigabytes(found['peak_memory_worker_bytes'])} at most",
-        "seeds": f"{found['seed']} (training), {settings['seed']} (sampling)",
-        "data": f"{data['name']}, {data['train']:,} images for training, {data['heldout']:,} held out",
-        "features": results["features"],
-        "sampling": f"clip=None, images clamped to [−1, 1] at the end, chunks of {settings['chunk']}",
-        "time, all calls": ", ".join(f"{name} {seconds(value)}" for name, value in results["stage_seconds"].items()),
-    }
-    entries = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
-    shown = f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>" if config else ""
-    return ["<h2>Provenance</h2>", f"<dl>\n{entries}\n</dl>", shown]
+    return ["<h2>Training</h2>", picture(pictures["training"], "<b>Loss of every training.</b>")]
 
 
 def _features(material: Material) -> str:
@@ -219,25 +194,8 @@ def _features(material: Material) -> str:
     return escape(str(material.results["features"]))
 
 
-def _gigabytes(value: int) -> str:
-    return f"{value / 1e9:.2f} GB"
-
-
 def _guidance(w: float) -> str:
     return f"{W_IS}{w:g} (no guidance)" if w == 0 else f"{W_IS}{w:g}"
-
-
-def _figure(file: str, caption: str) -> str:
-    alt = re.sub("<[^>]*>", "", caption).split(".")[0]
-    return f'<figure><img src="{escape(file)}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _wide(table: Table) -> str:
-    return f'<div class="wide">{table.html()}</div>'
 
 
 def _steps(sampler: Mapping[str, object]) -> str:

@@ -88,11 +88,11 @@ def to_teacher(material: Material) -> Table:
     """How near samples come to the teacher's, students beside the best undistilled sampler at equal cost."""
     header = (
         "w", "sampler", "NFE", "paired error", "best undistilled", "ratio", "distance to teacher", "best undistilled",
-        "ratio", "images/s",
+        "ratio",
     )  # fmt: skip
 
     def teacher(row: Row) -> list[str]:
-        return [str(row["nfe"]), DASH, DASH, DASH, fixed(row["floor"], 3), DASH, DASH, number(row["images_per_second"])]
+        return [str(row["nfe"]), DASH, DASH, DASH, fixed(row["floor"], 3), DASH, DASH]
 
     def student(row: Row) -> list[str]:
         same = {"w": row["w"], "steps": row["steps"]} if row["role"] == "student" else {}
@@ -102,7 +102,6 @@ def to_teacher(material: Material) -> Table:
         return [
             str(row["nfe"]), fixed(row["paired_error"], 3), fixed(pair.get("baseline"), 3), times(pair.get("ratio")),
             fixed(row["teacher_distance"], 3), fixed(distance.get("baseline"), 3), times(distance.get("ratio")),
-            number(row["images_per_second"]),
         ]  # fmt: skip
 
     return _by_weight(material, header, teacher, student)

@@ -5,36 +5,32 @@ Samples are cached in `cache/` in shards, so an evaluation that was killed goes 
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.lab.checkpoint import replace_durably, write_text
+from fewstep.lab.checkpoint import write_tensors
 from fewstep.lab.classifier import Classifier, load_classifier
 from fewstep.lab.config import ConfigError, EvaluateConfig
 from fewstep.lab.context import Interrupted, StageContext
 from fewstep.lab.data import load_data
-from fewstep.lab.evaluation import FORMAT, distances, pairs, rows, timing
-from fewstep.lab.evaluation.circumstances import circumstances, stage_seconds
+from fewstep.lab.evaluation import distances, pairs, rows, timing
+from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.distances import Reference
-from fewstep.lab.evaluation.plan import Plan, Students
+from fewstep.lab.evaluation.plan import Draw, Plan, Students
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.verdict import targets
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.metrics import register_judge
-from fewstep.lab.sampling import knowingly
+from fewstep.lab.sampling import knowingly, own_sampler
 from fewstep.lab.shards import ShardCache
+from fewstep.lab.stages.results import header, made_with, say_targets, write_results
 from fewstep.lab.workers import default_workers
 
-FEATURES = "digit-classifier features, not Inception"
 NOISES_SHOWN = 2  # images per class in the report's grids
 
 
@@ -42,13 +38,13 @@ def run(ctx: StageContext) -> None:
     """Sample, measure, write `results.json` and `grids.safetensors` (the images that the report shows)."""
     data = load_data(ctx.config.data)
     plan, models = plan_of(ctx, len(data.train))
-    samples = samples_of(ctx, plan, models)
+    samples = samples_of(ctx, plan.requests(), models)
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
     with knowingly():
         results = measure(ctx, samples, plan, Reference.of(samples.judge, data, ctx.stage.kid_subsets))
     write_grids(ctx.out / "grids.safetensors", samples, plan)
-    write_text(ctx.out / "results.json", json.dumps(tidy(results), indent=1, allow_nan=False) + "\n")
-    _say(ctx, results)
+    write_results(ctx, results)
+    say_targets(ctx, results)
 
 
 def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Model]]:
@@ -57,23 +53,24 @@ def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Mo
     `validate` has made sure that `needs` holds every kind.
     """
     stage: EvaluateConfig = ctx.stage
-    (teacher, *_), (guide, *_), (first, *others) = (ctx.inputs_of_kind(kind) for kind in ("teacher", "guide", "halve"))
+    (teacher, *_), (guide, *_) = (ctx.inputs_of_kind(kind) for kind in ("teacher", "guide"))
+    first, *others = (name for name in ctx.inputs_of_kind("halve") if ctx.config.stages[name].students != "encoder")
     folders = {name: ctx.inputs[name] / "model" for name in (teacher, guide)}
     for name in (first, *others):
         for steps in ctx.config.stages[name].steps:
             folders[f"{name}/steps_{steps}"] = ctx.inputs[name] / f"steps_{steps}" / "model"
     models = {name: Model(folder, ctx.device) for name, folder in folders.items()}
-    students, *more = (_students(ctx, name, models) for name in (first, *others))
+    students, *more = (students_of(ctx, name, models) for name in (first, *others))
     return Plan(stage, teacher, guide, students, tuple(more), training_images), models
 
 
-def samples_of(ctx: StageContext, plan: Plan, models: dict[str, Model]) -> Samples:
-    """The sets of samples of `plan`, seen by the judge that the run trained."""
+def samples_of(ctx: StageContext, sizes: Mapping[Draw, int], models: Mapping[str, Model]) -> Samples:
+    """Sets of samples of these sizes, seen by the judge that the run trained."""
     folder, *_ = ctx.inputs_of_kind("classifier").values()
     classifier = load_classifier(folder / "model").to(ctx.device)
     config = ctx.config.data
     return Samples(
-        sizes=plan.requests(),
+        sizes=sizes,
         models=models,
         cache=ShardCache(ctx.out / "cache"),
         judge=register_judge("fewstep-judge", partial(_look, classifier, ctx.device)),
@@ -92,13 +89,7 @@ def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Referenc
     Raises:
         Interrupted: asked to stop; what was measured is measured again, from the samples that are kept.
     """
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "experiment": ctx.config.name,
-        "features": FEATURES,
-        "settings": asdict(ctx.stage),
-        "data": {"name": ctx.config.data.name, "classes": ctx.config.data.num_classes, **reference.sizes},
-    }
+    results = header(ctx, **reference.sizes)
     parts: dict[str, Callable[[], Any]] = {
         "judge": lambda: {
             "accuracy_heldout": reference.heldout.accuracy,
@@ -116,8 +107,8 @@ def measure(ctx: StageContext, samples: Samples, plan: Plan, reference: Referenc
         "curve": lambda: distances.curve_rows(samples, plan, reference),
         "networks": lambda: {name: model.size for name, model in samples.models.items()},
         "timing": lambda: timing.measure(samples, plan),
-        "stage_seconds": lambda: stage_seconds(ctx.inputs),
-        "circumstances": lambda: {**circumstances(ctx.config.seed, ctx.device), "workers": samples.workers},
+        "stage_seconds": lambda: stage_seconds(ctx),
+        "circumstances": lambda: made_with(ctx, samples.workers),
         "targets": lambda: [target.to_json() for target in targets(results, ctx.stage)],
     }
     for name, part in parts.items():
@@ -137,38 +128,23 @@ def write_grids(path: Path, samples: Samples, plan: Plan) -> None:
         named += [(f"baseline {draw.sampler}", draw) for draw in plan.baselines(options.headline, w)]
         named += [(f"student {steps}", plan.student(steps, w)) for steps in options.steps]
         for name, draw in named:
-            shown[f"{w:g}/{name}"] = torch.cat(list(samples.batches(draw, count))).clamp(-1, 1).contiguous()
-    partial_file = path.with_name(f".{path.name}")
-    save_file(shown, partial_file)
-    replace_durably(partial_file, path)
+            shown[f"{w:g}/{name}"] = torch.cat(list(samples.batches(draw, count))).clamp(-1, 1)
+    write_tensors(path, shown)
 
 
-def tidy(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinity are None, and floats have six digits, more than any is known to."""
-    if isinstance(value, dict):
-        return {key: tidy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [tidy(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def students_of(ctx: StageContext, name: str, models: dict[str, Model]) -> Students:
+    """The students of a stage of kind halve, whose `models` are named `<stage>/steps_<N>`.
 
-
-def _students(ctx: StageContext, name: str, models: dict[str, Model]) -> Students:
+    Raises:
+        ConfigError: they carry no record of their training.
+    """
     steps = ctx.config.stages[name].steps
     trained = models[f"{name}/steps_{steps[0]}"].network.trained
     if trained is None or trained.w_range is None:
         raise ConfigError(f"{ctx.inputs[name]}: its students do not say for which w they were trained; train them anew")
-    return Students(name, {n: f"{name}/steps_{n}" for n in steps}, trained.w_range)
+    return Students(name, {n: f"{name}/steps_{n}" for n in steps}, trained.w_range, own_sampler(trained))
 
 
 def _look(classifier: Classifier, device: torch.device, images: Tensor) -> tuple[Tensor, Tensor]:
     features, logits = classifier(images.to(device))
     return features, logits
-
-
-def _say(ctx: StageContext, results: dict[str, Any]) -> None:
-    for target in results["targets"]:
-        mark = "ok  " if target["pass"] else ("aim " if target["aim"] else "MISS")
-        limit = f"{target['kind'].replace('_', ' ')} {target['limit']:g}"
-        ctx.console.print(f"{mark} {target['value']:8.4f}  {limit:14}  {target['name']}", highlight=False)

@@ -6,8 +6,10 @@ import torch
 
 from fewstep.distill import Method
 from fewstep.lab import distributed
+from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import load_data
+from fewstep.lab.data import Order, load_data
+from fewstep.lab.stored import TargetStore, open_store
 from fewstep.lab.train import Trainer, mix
 from fewstep.models import NetworkDenoiser, load, save
 
@@ -37,9 +39,12 @@ def fit(
 
     out, updates and label are for a stage of several trainings; by default they are the stage's own.
     """
+    if ctx.instead is not None:
+        return ctx.instead(method, seed)
+    split = load_data(ctx.config.data).train
     state = Trainer(
         method,
-        load_data(ctx.config.data).train,
+        split,
         ctx.stage,
         updates=updates or ctx.stage.updates,
         seed=seed,
@@ -48,11 +53,24 @@ def fit(
         label=label or ctx.stage.name,
         console=ctx.console,
         stopping=ctx.stopping,
+        fence=ctx.fence,
+        stored=_stored(ctx, method, Order(len(split), ctx.stage.batch_size, seed)),
         bar=ctx.config.progress,
         tensorboard=ctx.config.tensorboard,
     ).run()
     if state.ema is not None:
         state.ema.copy_to_networks()
+
+
+def _stored(ctx: StageContext, method: Method, order: Order) -> TargetStore | None:
+    """The targets that `targets=PATH` of the stage holds for this training, if it does."""
+    if ctx.stage.targets is None:
+        return None
+    store = open_store(Path(ctx.stage.targets), method, order)
+    if store is None:
+        text = f"{ctx.stage.name}: {ctx.stage.targets} holds no targets for this teacher, seed, batch size and w"
+        raise ConfigError(f"{text}; make them with `fewstep targets --stage {ctx.stage.name}`")
+    return store
 
 
 def save_model(denoiser: NetworkDenoiser, out: Path) -> None:

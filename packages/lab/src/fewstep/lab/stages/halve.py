@@ -1,4 +1,4 @@
-"""Stage two (papers C and A, algorithm 2): each student takes one step where its teacher takes two.
+"""Stage two (papers C and A, algorithms 2, 3 and 4): each student takes one step where its teacher takes two.
 
 Every halving is a training of its own in `steps_<N>/`: fresh optimiser, learning rate annealed to 0, no average of
 weights; it starts from its teacher's weights and is skipped once its own `DONE` stands.
@@ -8,13 +8,21 @@ import copy
 import time
 from pathlib import Path
 
-from fewstep.distill import ProgressiveDistillation
+import torch
+
+from fewstep.distill import EncoderDistillation, ProgressiveDistillation
+from fewstep.distill.halving import Halving
+from fewstep.distill.progressive import Kind
 from fewstep.lab import distributed, record
+from fewstep.lab.config import HalveConfig
 from fewstep.lab.context import StageContext
+from fewstep.lab.data import load_data
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
 from fewstep.models import NetworkDenoiser
-from fewstep.schedules import Trained
+from fewstep.schedules import Trained, sample_seeds
+
+ROUNDING = 1e-8  # mean squared difference of x from one network by two ways
 
 
 def run(ctx: StageContext) -> None:
@@ -32,15 +40,40 @@ def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -
     stage, began, seed = ctx.stage, time.monotonic(), seed_everything(ctx, steps)
     low, high = stage.w_range or _range_of(teacher)
     student = _student(ctx, teacher, first=steps == stage.steps[0])
-    student.trained = Trained("deterministic", steps, (low, high))
-    compile_networks(ctx, teacher, student)
-    method = ProgressiveDistillation(teacher, student, steps, w_range=(low, high), weight=stage.weight)
-    updates = stage.updates_at.get(steps, stage.updates)
-    fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
+    student.trained = Trained(stage.students, steps, (low, high))
+    method = _method(stage, teacher, student, steps, (low, high))
+    if stage.students == "stochastic" and steps == 1 and teacher.trained and teacher.trained.steps == 2:
+        _assert_nothing_to_learn(ctx, method, seed)
+        text = f"{stage.name} 1  not trained: it is the student of 2 steps, whose jump from t = 1 reaches 0 already"
+        ctx.console.print(text, highlight=False)
+    else:
+        compile_networks(ctx, teacher, student)
+        updates = stage.updates_at.get(steps, stage.updates)
+        fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
     save_model(student, out)
     if distributed.is_main():
         record.finish(out, time.monotonic() - began)
     distributed.barrier()
+
+
+def _method(
+    stage: HalveConfig, teacher: NetworkDenoiser, student: NetworkDenoiser, steps: int, w_range: tuple[float, float]
+) -> Halving:
+    """What trains students of the kind that the stage asks for."""
+    if stage.students == "encoder":
+        return EncoderDistillation(teacher, student, steps, w_range, stage.weight)
+    kind: Kind = "stochastic" if stage.students == "stochastic" else "deterministic"
+    return ProgressiveDistillation(teacher, student, steps, w_range, stage.weight, kind)
+
+
+@torch.no_grad()
+def _assert_nothing_to_learn(ctx: StageContext, method: Halving, seed: int) -> None:
+    """The student, a copy of its teacher, answers with its targets: the loss of a batch is 0 but for rounding."""
+    split = load_data(ctx.config.data).train.to(ctx.device)
+    first = torch.arange(min(len(split), ctx.stage.batch_size), device=ctx.device)
+    x, labels = split.take(first)
+    _, logs = method.loss(method.draw(x, labels, sample_seeds(seed, 0, first), 0), 0)
+    assert float(logs["x_mse"]) < ROUNDING, f"{ctx.stage.name}: a copy of the 2-step student has loss {logs['x_mse']:g}"
 
 
 def _student(ctx: StageContext, teacher: NetworkDenoiser, first: bool) -> NetworkDenoiser:

@@ -1,0 +1,164 @@
+"""What runs on the nodes: one stage (or one shard) of a submitted run, on every task of its job.
+
+submitit would pickle the state in its signal handler on the first task, and count every signal of a short job as its
+last. Here a handler only sets a flag: the stage saves at its next step, all processes agreeing, and the job then puts
+itself back into the queue. Nothing but the run's own folders is needed to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+from rich.console import Console
+
+from fewstep.lab.checkpoint import write_text
+from fewstep.lab.cluster import slurm
+from fewstep.lab.cluster.attempt import Attempt, Superseded
+from fewstep.lab.cluster.ledger import Submission, read_config
+from fewstep.lab.cluster.rendezvous import meet
+from fewstep.lab.config import Config
+from fewstep.lab.runner import run_experiment, run_stage
+from fewstep.lab.signals import StopFlag, stop_on_signals
+
+LATER = 75  # exit code of a job that stopped with its work saved (EX_TEMPFAIL)
+LAST_SECONDS = 10  # before the time limit: whoever is still saving is requeued all the same
+_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|NCCL|[Tt]imed? ?out")  # another process died first
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """The job of one stage; all of it is two strings, so that submitit's pickle holds nothing of ours."""
+
+    folder: str
+    stage: str
+
+    def __call__(self) -> None:
+        """Run the stage, or go on with it."""
+        submission = Submission(Path(self.folder), "slurm")
+        with job(submission) as stop:
+            config = read_config(submission)
+            store = _rendezvous(submission)
+            attempt = Attempt.here(submission.number)
+            with requeued_in_time(submission, config):
+                code = run_stage(config, self.stage, attempt, stop, console(), store)
+            leave_for_later(submission, code)
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """All stages one after the other: what `cluster=local` starts in the background."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        """Run what is not done."""
+        submission = Submission(Path(self.folder), "local")
+        with job(submission):
+            store = _rendezvous(submission)
+            code = run_experiment(read_config(submission), console=console(), store=store)
+            if code:
+                sys.exit(LATER)
+
+
+@contextmanager
+def job(submission: Submission) -> Iterator[StopFlag]:
+    """Within: signals only set a flag, and the line that a mistake or failure is goes where `status` finds it."""
+    _set_ranks()
+    with stop_on_signals() as stop:
+        try:
+            yield stop
+        except Superseded as error:
+            print(error, file=sys.stderr)
+            sys.exit(LATER)
+        except Exception as error:
+            _write_error(submission, error)
+            raise
+
+
+def _set_ranks() -> None:
+    """What torchrun would announce."""
+    task = submitit.JobEnvironment()
+    local = task.num_tasks // task.num_nodes
+    found = {"RANK": task.global_rank, "WORLD_SIZE": task.num_tasks, "LOCAL_RANK": task.local_rank}
+    os.environ.update({name: str(value) for name, value in {**found, "LOCAL_WORLD_SIZE": local}.items()})
+
+
+def _rendezvous(submission: Submission) -> object | None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return meet(_file(submission, "rendezvous"), rank, world) if world > 1 else None
+
+
+def _file(submission: Submission, suffix: str) -> Path:
+    """A file of this start of this job."""
+    identity = submitit.JobEnvironment().job_id
+    return submission.logs / f"{identity}_{os.environ.get('SLURM_RESTART_COUNT', '0')}.{suffix}"
+
+
+def _write_error(submission: Submission, error: Exception) -> None:
+    """One line; not what merely follows from another process's death, which the batch script answers by a restart."""
+    if _PEER.search(str(error)) and int(os.environ["WORLD_SIZE"]) > 1:
+        return
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    try:
+        write_text(_file(submission, "error"), text + "\n")
+    except OSError as full:
+        print(full, file=sys.stderr)
+
+
+def leave_for_later(submission: Submission, code: int) -> None:
+    """Where the work stopped with exit code `code` of a signal: back into the queue, and out without a result."""
+    if not code:
+        return
+    if int(os.environ["RANK"]):
+        sys.exit(0)  # srun would kill the first process, which may not have asked for the requeue yet
+    requeue_once(submission)
+    sys.exit(LATER)
+
+
+def requeue_once(submission: Submission) -> None:
+    """Back into the queue, unless this job was cancelled or Slurm has already seen to it."""
+    identity = os.environ["SLURM_JOB_ID"]
+    cancelled = (submission.logs / f"{os.environ.get('SLURM_ARRAY_JOB_ID', identity)}.cancelled").exists()
+    if cancelled or slurm.state(identity) != "RUNNING":
+        return
+    try:
+        slurm.requeue(identity)
+        print(f"job {identity}: saved and requeued", flush=True)
+    except slurm.SlurmError as error:
+        print(f"job {identity}: not requeued: {error}", file=sys.stderr)
+
+
+@contextmanager
+def requeued_in_time(submission: Submission, config: Config) -> Iterator[None]:
+    """Within: shortly before the time limit the job is requeued even if the stage is still saving, or in a long step.
+
+    It then goes on from its last periodic checkpoint, where Slurm alone would end it for good.
+    """
+    if int(os.environ["RANK"]):
+        yield
+        return
+    limit = float(os.environ.get("SLURM_JOB_END_TIME", time.time() + 60 * config.cluster.time))
+    margin = min(LAST_SECONDS, config.cluster.signal_seconds / 2)
+    timer = threading.Timer(limit - margin - time.time(), requeue_once, (submission,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def console() -> Console:
+    """Where a job's words go: plain lines into its log."""
+    return Console(highlight=False, width=160)
+
+

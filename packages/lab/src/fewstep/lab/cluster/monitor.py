@@ -1,0 +1,241 @@
+"""How the jobs of a run stand: from its folders first, from squeue second, never from sacct or submitit's pickles.
+
+A stage is done when its folder says so, whatever Slurm thinks of the job (a process may die after its last word). It
+has failed only when Slurm has let go of it without that: an error written down while the job is about to run again, and
+NODE_FAIL before a requeue, are not final.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fewstep.lab import record
+from fewstep.lab.cluster import ledger, slurm
+from fewstep.lab.cluster.ledger import PROBE, Job, Submission
+from fewstep.lab.cluster.slurm import LIVE, Row
+from fewstep.lab.config import Config, StageConfig, TrainingConfig
+
+DONE, RUNNING, PENDING, UNKNOWN = "done", "running", "pending", "unknown"
+FAILED, CANCELLED, LOST = "failed", "cancelled", "lost"
+LIMIT = "time limit"
+ENDED = frozenset({FAILED, CANCELLED, LOST, LIMIT})
+TAIL = 65536  # bytes at the end of a file that are looked at
+RECENT = 10  # lines of metrics that the speed is taken from
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done, total: updates, or chunks. left: seconds at the speed of the last ones, None if not known."""
+
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row: a stage, or one shard of it; `node` is where it runs, `error` the last one in a line."""
+
+    stage: str
+    job: str
+    state: str
+    shard: int | None = None
+    node: str = ""
+    progress: Progress = Progress()
+    error: str = ""
+
+
+def state_of(done: bool, row: Row | None, *, answers: bool, cancelled: bool, restarted: bool = False) -> str:
+    """A part's state in a word. row: what squeue says of it, if anything; answers: whether it answers at all."""
+    if done:
+        return DONE
+    if row is None:
+        return UNKNOWN if not answers else CANCELLED if cancelled else LOST
+    if row.state == "PENDING":
+        return "requeued" if restarted else PENDING
+    if row.state in LIVE:
+        return row.state.lower()
+    if row.state == "NODE_FAIL":
+        return "node lost"
+    return {"CANCELLED": CANCELLED, "TIMEOUT": LIMIT}.get(row.state, FAILED)
+
+
+def at_work(out: Path) -> Submission | None:
+    """The last submission of the run if jobs of it are queued or running, or nobody can say; else None."""
+    for submission in reversed(ledger.submissions(out)):
+        if submission.jobs:
+            return submission if any(_is_live(submission, job) for job in submission.jobs) else None
+    return None
+
+
+def _is_live(submission: Submission, job: Job) -> bool:
+    if submission.kind == "local":
+        return alive(submission, job)
+    rows = queue_of(submission)
+    return rows is None or any(row.state in {*LIVE, "NODE_FAIL"} for i, row in rows.items() if i in job.elements)
+
+
+def queue_of(submission: Submission) -> dict[str, Row] | None:
+    """What squeue says of this submission's jobs, by id, and of no other that has the same id."""
+    rows = slurm.queue()
+    if rows is None:
+        return None
+    names = {job.name for job in submission.jobs}
+    return {row.id: row for row in rows if row.name in names}
+
+
+def alive(submission: Submission, job: Job) -> bool:
+    """Whether the process that `cluster=local` started still runs, and is that one."""
+    try:
+        command = Path(f"/proc/{job.id}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return str(submission.logs).encode() in command
+
+
+def look(out: Path) -> list[Part]:
+    """Every stage of the run as it stands now, in the order of the config.
+
+    Raises:
+        FileNotFoundError: nothing was ever submitted there.
+    """
+    found = ledger.submissions(out)
+    if not found:
+        raise FileNotFoundError(f"{out}: nothing was submitted there; see `fewstep submit`")
+    last = found[-1]
+    rows = queue_of(last) if last.kind == "slurm" else {}
+    sharded = [job for job in last.jobs if job.shards]
+    if sharded:
+        return [part for job in sharded for part in _shard_parts(last, job, rows)]
+    config = ledger.read_config(last)
+    parts = [_probe_part(last, job, rows, out) for job in last.jobs if job.stage == PROBE]
+    for name, stage in config.stages.items():
+        job, done = last.job(name), record.is_done(out / name)
+        progress = progress_of(stage, out)
+        if job is None or done:
+            state = DONE if done else "not sent"
+            parts.append(Part(name, "" if job is None else job.id, state, progress=replace(progress, left=None)))
+        elif last.kind == "local":
+            at_it = any(part.state == RUNNING for part in parts)
+            parts.append(_local_part(last, job, progress, waits=at_it))
+        else:
+            parts.append(_job_part(last, job, rows, progress))
+    by_stage = {part.stage: part for part in parts}
+    return [_blamed(part, by_stage, config) for part in parts]
+
+
+def _probe_part(submission: Submission, job: Job, rows: Mapping[str, Row] | None, out: Path) -> Part:
+    """The probe leaves nothing in the run's folder: Slurm's word is all there is."""
+    row = (rows or {}).get(job.id)
+    state = state_of(row is not None and row.state == "COMPLETED", row, answers=rows is not None, cancelled=False)
+    error = f"{out} cannot be read on a node: choose an out= that all nodes share" if state == FAILED else ""
+    return Part(job.stage, job.id, state, None, "" if row is None else row.nodes, error=error)
+
+
+def _job_part(submission: Submission, job: Job, rows: Mapping[str, Row] | None, progress: Progress) -> Part:
+    """A job that is not done."""
+    row = (rows or {}).get(job.id)
+    state = state_of(
+        False,
+        row,
+        answers=rows is not None,
+        cancelled=(submission.logs / f"{job.id}.cancelled").exists(),
+        restarted=any(submission.logs.glob(f"{job.id}_*.out")),
+    )
+    if state != RUNNING:
+        progress = replace(progress, left=None)
+    error = "" if state in (RUNNING, PENDING, DONE) else last_error(submission, job.id)
+    return Part(job.stage, job.id, state, None, "" if row is None else row.nodes, progress, error)
+
+
+def _shard_parts(submission: Submission, job: Job, rows: Mapping[str, Row] | None) -> Iterator[Part]:
+    """One for each shard."""
+    for shard, element in enumerate(job.elements):
+        row = (rows or {}).get(element)
+        done = (submission.logs / f"{job.stage}.{shard}.done").exists()
+        cancelled = (submission.logs / f"{job.id}.cancelled").exists()
+        again = any(submission.logs.glob(f"{element}_*.out"))
+        state = state_of(done, row, answers=rows is not None, cancelled=cancelled, restarted=again)
+        error = "" if state in (RUNNING, PENDING, DONE) else last_error(submission, element)
+        number, node = shard if job.shards > 1 else None, "" if row is None else row.nodes
+        yield Part(job.stage, element, state, number, node, error=error)
+
+
+def _local_part(submission: Submission, job: Job, progress: Progress, *, waits: bool) -> Part:
+    """A stage of a run in one process: the first one that is not done is the one at work."""
+    if not alive(submission, job):
+        error = last_error(submission, job.id)
+        return Part(job.stage, job.id, FAILED, progress=replace(progress, left=None), error=error)
+    return Part(job.stage, job.id, PENDING if waits else RUNNING, progress=progress)
+
+
+def _blamed(part: Part, parts: Mapping[str, Part], config: Config) -> Part:
+    """A stage that Slurm cancelled because another failed says which."""
+    if part.state not in (CANCELLED, LOST) or part.error or part.stage not in config.stages:
+        return part
+    for need in (PROBE, *config.stages[part.stage].needs):
+        if need in parts and parts[need].state in ENDED:
+            return replace(part, state=CANCELLED, error=f"{need}: {parts[need].state}")
+    return part
+
+
+def trainings(stage: StageConfig, folder: Path) -> list[tuple[Path, int]]:
+    """(folder, updates) of each training of a stage, in order; none of a stage that does not train."""
+    if not isinstance(stage, TrainingConfig):
+        return []
+    steps = getattr(stage, "steps", None)
+    if not steps:
+        return [(folder, stage.updates)]
+    at = getattr(stage, "updates_at", {})
+    return [(folder / f"steps_{count}", at.get(count, stage.updates)) for count in steps]
+
+
+def progress_of(stage: StageConfig, out: Path) -> Progress:
+    """How far a stage has come."""
+    done, total, speed = 0, 0, 0.0
+    for folder, updates in trainings(stage, out / stage.name):
+        lines = _last_metrics(folder / "metrics.jsonl")
+        reached = updates if record.is_done(folder) else int(lines[-1]["step"]) if lines else 0
+        done, total = done + reached, total + updates
+        if len(lines) > 1 and lines[-1]["time"] > lines[0]["time"]:
+            speed = (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["time"] - lines[0]["time"])
+    return Progress(done, total, (total - done) / speed if speed > 0 else None)
+
+
+def _last_metrics(path: Path) -> list[dict[str, float]]:
+    """The last whole lines of metrics.jsonl."""
+    found = []
+    for line in _tail(path).splitlines()[-RECENT:]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # cut short, at either end
+            continue
+    return [line for line in found if "step" in line and "time" in line]
+
+
+def last_error(submission: Submission, element: str) -> str:
+    """What went wrong in the last start of that job, in a line: its own account, else the last of its error log."""
+    told = sorted(submission.logs.glob(f"{element}_*.error"), key=lambda path: path.stat().st_mtime)
+    if told:
+        return told[-1].read_text().strip()
+    lines = [line for path in submission.logs.glob(f"{element}_*.err") for line in _complaints(_tail(path))]
+    return lines[-1] if lines else ""
+
+
+def _complaints(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if "error:" in line or line.split(":")[0].endswith(("Error", "Killed")):
+            yield line.strip()
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+

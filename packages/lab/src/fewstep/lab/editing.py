@@ -1,0 +1,264 @@
+"""`fewstep edit`, `inpaint` and `transfer`: what saved models make of given images, as a PNG grid and as tensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from rich.console import Console
+
+from fewstep.lab.config import ConfigError
+from fewstep.lab.sample import parse_classes, require, steps_for, weight_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.models import NetworkDenoiser
+
+MOST_COLUMNS = 20  # of the grid: image above, result below
+WEIGHT = "guidance weight; 0 is none (scale is 1 + w); default: 1, or 0 for a student distilled without w"
+
+
+class Given(NamedTuple):
+    """images (N, C, H, W) float32 in [-1, 1]; classes (N,) int64 if the file holds them."""
+
+    images: Tensor
+    classes: Tensor | None
+
+
+def add_commands(commands: Any) -> None:
+    """The three commands."""
+    edit = commands.add_parser("edit", help="noise images part of the way and sample from there as another class")
+    _model_arguments(edit)
+    edit.add_argument("--strength", type=float, required=True, help="share of the steps to go back, in [0, 1]")
+    edit.set_defaults(command=edit_command)
+    inpaint = commands.add_parser("inpaint", help="paint images anew where a mask is white; the rest stays bit for bit")
+    _model_arguments(inpaint)
+    inpaint.add_argument("--mask", required=True, metavar="PNG", help="black and white, of the images' size")
+    inpaint.add_argument("--strength", type=float, default=1.0, help="as in edit; 1 forgets what the mask hides")
+    inpaint.set_defaults(command=inpaint_command)
+    transfer = commands.add_parser("transfer", help="encode images as one class, decode them as another")
+    transfer.add_argument("--encoder", required=True, metavar="DIR", help="an encoder's folder, or a teacher's")
+    transfer.add_argument("--decoder", required=True, metavar="DIR", help="student of as many steps")
+    own = "classes of the images, e.g. 3 or 0-9, taken in turn; default: those in --input"
+    transfer.add_argument("--from", dest="source", default="", metavar="LIST", help=own)
+    transfer.add_argument("--to", default="", metavar="LIST", help="classes to become, taken in turn; default: all")
+    _common_arguments(transfer)
+    transfer.set_defaults(command=transfer_command)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
+    parser.add_argument("--classes", default="", metavar="LIST", help="what to become, e.g. 8 or 0-9, taken in turn")
+    parser.add_argument("--seed", type=int, default=0, help="image i's noise is a function of seed and i alone")
+    _common_arguments(parser)
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
+    images = "a PNG, a folder of them, or samples.safetensors as `fewstep sample` writes it; of the model's size"
+    parser.add_argument("--input", required=True, metavar="PATH", help=images)
+    parser.add_argument("--steps", type=int, help="of the whole way; a student of a few steps takes its own alone")
+    parser.add_argument("--w", type=float, help=WEIGHT)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--strict", action="store_true", help="refuse a w or model that it was not trained for")
+
+
+def edit_command(args: argparse.Namespace, console: Console) -> int:
+    """Edit as the arguments say.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be; nothing is written.
+    """
+    from fewstep.samplers import edit
+
+    return _sampled(args, console, edit, {})
+
+
+def inpaint_command(args: argparse.Namespace, console: Console) -> int:
+    """Inpaint as the arguments say.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be; nothing is written.
+    """
+    from fewstep.samplers import inpaint
+
+    return _sampled(args, console, inpaint, {"mask": read_mask(Path(args.mask))})
+
+
+def _sampled(args: argparse.Namespace, console: Console, function: Callable[..., Tensor], options: Any) -> int:
+    """What `edit` and `inpaint` have in common."""
+    import torch
+
+    from fewstep.lab.distributed import pick_device
+    from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.sampling import SAMPLERS, misuse, own_sampler
+    from fewstep.models import load
+    from fewstep.schedules import sample_seeds, seeded_noise
+
+    device = pick_device(args.device)
+    network = load(args.model, device)
+    given, w = read_images(Path(args.input), shape_of(network)), weight_for(args.w, network)
+    steps = steps_for(args.steps, args.model, network)
+    classes = classes_for(args.classes, network, len(given.images), "--classes")
+    seeds = sample_seeds(args.seed, 0, torch.arange(len(given.images)))
+    noise = seeded_noise(seeds, given.images.shape[1:])
+    with misuse(console, args.strict), torch.inference_mode():
+        made = function(
+            with_guidance(network, w), given.images.to(device), noise.to(device), steps, args.strength,
+            None if classes is None else classes.to(device), w, sampler=SAMPLERS[own_sampler(network.trained)],
+            seeds=seeds, **{name: value.to(device) for name, value in options.items()},
+        )  # fmt: skip
+    return _write(args, console, given, made, classes)
+
+
+def transfer_command(args: argparse.Namespace, console: Console) -> int:
+    """Transfer as the arguments say.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be, such as classes without
+            an encoder for them; nothing is written.
+    """
+    import torch
+
+    from fewstep.lab.distributed import pick_device
+    from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.sampling import misuse
+    from fewstep.models import load
+    from fewstep.samplers import transfer
+
+    device = pick_device(args.device)
+    encoder, decoder = load(args.encoder, device), load(args.decoder, device)
+    check_encoder(args.encoder, encoder)
+    given = read_images(Path(args.input), shape_of(decoder))
+    alike = shape_of(encoder) == shape_of(decoder)
+    require(alike, "--encoder", args.encoder, f"for images as {args.decoder} makes them")
+    w, steps = weight_for(args.w, decoder), steps_for(args.steps, args.decoder, decoder)
+    steps_for(steps, args.encoder, encoder)
+    source = source_of(args, given, encoder)
+    target = classes_for(args.to, decoder, len(given.images), "--to")
+    with misuse(console, args.strict), torch.inference_mode():
+        own, other = (None if labels is None else labels.to(device) for labels in (source, target))
+        pair = with_guidance(encoder, w), with_guidance(decoder, w)
+        made = transfer(*pair, given.images.to(device), steps, own, other, w)
+    return _write(args, console, given, made, target)
+
+
+def check_encoder(folder: str, network: NetworkDenoiser) -> None:
+    """Refuse a student that was distilled for anything but encoding."""
+    trained = network.trained
+    fits = trained is None or trained.steps is None or trained.kind == "encoder"
+    require(fits, "--encoder", folder, f"an encoder, a stage-one model or a teacher, not {trained and trained.kind!r}")
+
+
+def source_of(args: argparse.Namespace, given: Given, encoder: NetworkDenoiser) -> Tensor | None:
+    """The classes (N,) that the images are encoded as."""
+    known = num_classes(encoder)
+    if args.source or known is None:
+        return classes_for(args.source, encoder, len(given.images), "--from")
+    if given.classes is None:
+        raise ConfigError(f"--from: needed, {args.input} does not say of which classes its images are")
+    most = int(given.classes.max())
+    require(most < known, "--input", args.input, f"of classes 0-{known - 1}: {args.encoder} has no class {most}")
+    return given.classes
+
+
+def shape_of(network: NetworkDenoiser) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a model."""
+    from fewstep.models import Network
+
+    return cast(Network, network.network).input_shape
+
+
+def num_classes(network: NetworkDenoiser) -> int | None:
+    """Number of classes that a model knows; None for an unconditional one."""
+    from fewstep.models import Network
+
+    return cast(Network, network.network).num_classes
+
+
+def classes_for(text: str, network: NetworkDenoiser, count: int, option: str) -> Tensor | None:
+    """Classes (count,) int64 of a list in turn; None for an unconditional model."""
+    import torch
+
+    found = parse_classes(text, num_classes(network), option)
+    return torch.tensor(found)[torch.arange(count) % len(found)] if found else None
+
+
+def read_images(path: Path, shape: tuple[int, int, int]) -> Given:
+    """Images of a PNG, of a folder of them in the order of their names, or of `samples.safetensors`.
+
+    Raises:
+        ConfigError: nothing there, or images of another size than `shape` (C, H, W).
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        given = _read_samples(path)
+    else:
+        files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+        if not files:
+            raise ConfigError(f"--input {path}: must be a PNG, a folder with some, or a .safetensors file")
+        given = Given(torch.stack([read_png(file, shape[0]) for file in files]), None)
+    found = tuple(given.images.shape[1:])
+    require(found == shape, "--input", path, f"images of (channels, height, width) = {shape}, not {found}")
+    return given
+
+
+def _read_samples(path: Path) -> Given:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        return Given(tensors["images"].float(), tensors.get("classes"))
+    except (SafetensorError, KeyError) as error:
+        raise ConfigError(f"--input {path}: holds no images as `fewstep sample` writes them ({error})") from error
+
+
+def read_png(path: Path, channels: int) -> Tensor:
+    """A picture as (channels, H, W) float32 in [-1, 1]: grey for 1 channel, else RGB.
+
+    Raises:
+        ConfigError: no picture.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{path}: no picture that can be read ({error})") from error
+    levels = torch.from_numpy(pixels.copy()).div_(127.5).sub_(1)
+    return levels[None] if channels == 1 else levels.permute(2, 0, 1).contiguous()
+
+
+def read_mask(path: Path) -> Tensor:
+    """A black and white picture as (1, 1, H, W): 1 where it is white. Any grey is left for `inpaint` to refuse."""
+    return ((read_png(path, 1) + 1) / 2)[None]
+
+
+def _write(args: argparse.Namespace, console: Console, given: Given, made: Tensor, classes: Tensor | None) -> int:
+    """Write grid.png (the first images, results below them) and samples.safetensors (all)."""
+    import torch
+
+    from fewstep.lab.checkpoint import write_tensors
+    from fewstep.lab.pictures import enlarged, tile, to_bytes, write_png
+
+    out, images = Path(args.out), made.float().cpu().clamp(-1, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    columns = min(MOST_COLUMNS, len(images))
+    pairs = torch.cat([given.images[:columns], images[:columns]])
+    write_png(out / "grid.png", tile(enlarged(to_bytes(pairs)), columns))
+    tensors = {"images": images, "inputs": given.images}
+    if classes is not None:
+        tensors["classes"] = classes
+    settings = {name: value for name, value in vars(args).items() if name != "command"}
+    write_tensors(out / "samples.safetensors", tensors, {"made_by": json.dumps(settings)})
+    console.print(f"{out / 'grid.png'}  {out / 'samples.safetensors'}")
+    return 0

@@ -1,0 +1,130 @@
+"""Figures over w x steps: for each stage of students one column per student, and undistilled samplers at equal cost."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fewstep.lab.config import GridConfig, GridTarget
+from fewstep.lab.evaluation.distances import Reference, describe
+from fewstep.lab.evaluation.pairs import pair_row
+from fewstep.lab.evaluation.plan import BASELINES, PAIRED, Draw, Students, equal_calls
+from fewstep.lab.evaluation.rows import Row, select
+from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.metrics import Target, class_accuracy, frechet_distance, inception_score
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid: the student of `steps` of `stage`, or an undistilled sampler ("teacher") at its cost.
+
+    kind: what the student is for ("deterministic", "stochastic", ...), or "undistilled". steps: those of the column;
+    None for the teacher's own line.
+    """
+
+    stage: str
+    kind: str
+    steps: int | None
+    draw: Draw
+
+    def draws(self, sampling_seeds: int) -> list[Draw]:
+        """The same from so many independent sets of noises."""
+        return [replace(self.draw, noises=PAIRED + i) for i in range(sampling_seeds)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be measured. teacher: name of its model. students: each stage's, with what they are for."""
+
+    options: GridConfig
+    teacher: str
+    students: tuple[tuple[Students, str], ...]
+
+    def reference(self, w: float) -> Draw:
+        """The teacher as paired errors take it for the truth."""
+        return Draw(self.teacher, self.options.reference.sampler, self.options.reference.steps, w)
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell, stage by stage; a student has those of the w that it was trained for."""
+        for w in self.options.weights:
+            yield Cell(self.teacher, "teacher", None, self.reference(w))
+        for students, kind in self.students:
+            for w in students.weights(self.options.weights):
+                for steps in (steps for steps in self.options.steps if steps in students.models):
+                    yield Cell(students.name, kind, steps, Draw(students.models[steps], students.sampler, steps, w))
+        for sampler in BASELINES:
+            for w in self.options.weights:
+                for steps in self.options.steps:
+                    draw = Draw(self.teacher, sampler, equal_calls(steps, w), w)
+                    yield Cell(self.teacher, "undistilled", steps, draw)
+
+    def requests(self) -> dict[Draw, int]:
+        """Every set of samples with its size."""
+        count = max(self.options.num_samples, self.options.paired_noises)
+        return {draw: count for cell in self.cells() for draw in cell.draws(self.options.sampling_seeds)}
+
+
+def measure(samples: Samples, grid: Grid, reference: Reference) -> list[Row]:
+    """A row for each cell: what it is and costs, the mean and deviation over sets of noises, and the paired error."""
+    same = {name: same_weights(samples.models, students) for students, _ in grid.students for name in [students.name]}
+    return [_row(samples, grid, cell, reference, same.get(cell.stage, {})) for cell in grid.cells()]
+
+
+def same_weights(models: Any, students: Students) -> dict[int, int]:
+    """Steps of each student whose weights are those of the student of twice as many: it was not trained."""
+    weights = {steps: weights_of(models[name]) for steps, name in students.models.items()}
+    return {steps: 2 * steps for steps in weights if weights.get(2 * steps) == weights[steps]}
+
+
+def weights_of(model: Model) -> str:
+    """SHA-256 of a model's weights."""
+    settings = json.loads((model.folder / "config.json").read_text())
+    return str(settings["sha256"])
+
+
+def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: dict[int, int]) -> Row:
+    options = grid.options
+    seeds = [_measured(samples, draw, options.num_samples, reference) for draw in cell.draws(options.sampling_seeds)]
+    values = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    return {
+        **describe(samples, cell.draw),
+        "stage": cell.stage,
+        "kind": cell.kind,
+        "column": cell.steps,
+        "same_as": same.get(cell.steps) if cell.steps is not None else None,
+        "samples": options.num_samples,
+        "seeds": seeds,
+        "mean": {name: statistics.fmean(found) for name, found in values.items()},
+        "std": {name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()},
+        **pair_row(samples, cell.draw, grid.reference(cell.draw.w), options.paired_noises),
+    }
+
+
+def _measured(samples: Samples, draw: Draw, count: int, reference: Reference) -> Row:
+    found, moments = samples.features(draw, count), samples.moments(draw, count)
+    return {
+        "fid_heldout": frechet_distance(moments, reference.heldout.moments),
+        "is": inception_score(found.logits),
+        "accuracy": class_accuracy(found.logits, samples.labels(count)),
+    }
+
+
+def value(row: Row, measure: str) -> float:
+    """A measure of a row: the mean over sets of noises, or the paired error."""
+    return float(row["paired_error"] if measure == "paired_error" else row["mean"][measure])
+
+
+def verdicts(rows: list[Row], asked: list[GridTarget]) -> Iterator[Target]:
+    """Every target with its ratio."""
+    for target in asked:
+        place = {"w": target.w, "column": target.steps}
+        pair = [row for name in (target.stage, target.over) for row in select(rows, stage=name, **place)]
+        if len(pair) == 2:
+            found = [value(row, target.measure) for row in pair]
+            what = f"{target.measure} of {target.stage} over that of {target.over}"
+            name = f"{what}, {target.steps} steps, w = {target.w:g}"
+            yield Target(name, found[0] / found[1], target.at_most)

@@ -1,0 +1,57 @@
+"""Measures every student over w x steps: `results.json`, `table.md`, `heat_map.png`, `pareto.png`.
+
+Samples are cached in `cache/` in shards, so a measurement that was killed goes on with the shard that it was at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewstep.lab.context import StageContext
+from fewstep.lab.data import load_data
+from fewstep.lab.evaluation.circumstances import stage_seconds
+from fewstep.lab.evaluation.distances import Reference
+from fewstep.lab.evaluation.grid import Grid, measure, verdicts
+from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.report.grid import write_grid_report
+from fewstep.lab.sampling import knowingly
+from fewstep.lab.stages.evaluate import samples_of, students_of
+from fewstep.lab.stages.results import header, made_with, say_targets, tidy, write_results
+
+KID_SUBSETS = 1  # KID is not part of the grid
+
+
+def run(ctx: StageContext) -> None:
+    """Sample, measure, write."""
+    grid, models = grid_of(ctx)
+    samples = samples_of(ctx, grid.requests(), models)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    reference = Reference.of(samples.judge, load_data(ctx.config.data), KID_SUBSETS)
+    with knowingly():
+        rows = measure(samples, grid, reference)
+    results: dict[str, Any] = {
+        **header(ctx, **reference.sizes),
+        "judge": {"accuracy_heldout": reference.heldout.accuracy},
+        "rows": rows,
+        "networks": {name: model.size for name, model in models.items()},
+        "stage_seconds": stage_seconds(ctx),
+        "circumstances": made_with(ctx, samples.workers),
+        "targets": [target.to_json() for target in verdicts(rows, ctx.stage.targets)],
+    }
+    results = tidy(results)
+    write_grid_report(results, ctx.out)
+    write_results(ctx, results)
+    say_targets(ctx, results)
+    ctx.console.print(f"{ctx.stage.name}  {ctx.out / 'table.md'}", highlight=False)
+
+
+def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
+    """What is to be measured, and the models by their names; encoders are no samplers and left out."""
+    ((teacher, folder),) = ctx.inputs_of_kind("teacher").items()
+    models, students = {teacher: Model(folder / "model", ctx.device)}, []
+    for name, folder in ctx.inputs_of_kind("halve").items():
+        stage = ctx.config.stages[name]
+        if stage.students != "encoder":
+            models |= {f"{name}/steps_{n}": Model(folder / f"steps_{n}" / "model", ctx.device) for n in stage.steps}
+            students.append((students_of(ctx, name, models), stage.students))
+    return Grid(ctx.stage, teacher, tuple(students)), models

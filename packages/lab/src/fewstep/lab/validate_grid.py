@@ -1,0 +1,58 @@
+"""What can be wrong with the stages that measure a grid of w x steps, and encoders."""
+
+from fewstep.lab.checks import needs_one, one_of, positive, require
+from fewstep.lab.config import Config, GridConfig, HalveConfig, InvertConfig, StageConfig
+
+MEASURES = ("fid_heldout", "paired_error")
+
+
+def check_grid(key: str, stage: GridConfig, config: Config) -> None:
+    """The grid of w x steps."""
+    positive(key, stage, "num_samples", "sampling_seeds", "paired_noises", "chunk")
+    require(bool(stage.steps), f"{key}.steps", stage.steps, "at least one number of steps")
+    _check_weights(key, stage.weights)
+    one_of(f"{key}.reference.sampler", stage.reference.sampler, ("ddim", "dpmpp_2m", "heun"))
+    positive(f"{key}.reference", stage.reference, "steps")
+    for kind in ("classifier", "teacher"):
+        needs_one(key, stage, config, kind)
+    students = {name: found for name, found in halvings(stage, config).items() if found.students != "encoder"}
+    require(bool(students), f"{key}.needs", stage.needs, "with a stage of kind halve that is not of encoders")
+    for i, target in enumerate(stage.targets):
+        one_of(f"{key}.targets[{i}].measure", target.measure, MEASURES)
+        one_of(f"{key}.targets[{i}].w", target.w, stage.weights)
+        for name in ("stage", "over"):
+            one_of(f"{key}.targets[{i}].{name}", getattr(target, name), students)
+            known = [steps for steps in students[getattr(target, name)].steps if steps in stage.steps]
+            one_of(f"{key}.targets[{i}].steps", target.steps, known)
+
+
+def check_invert(key: str, stage: InvertConfig, config: Config) -> None:
+    """The comparison of encoders with reverse DDIM."""
+    positive(key, stage, "images", "truth_steps", "chunk")
+    require(stage.images <= config.data.heldout, f"{key}.images", stage.images, f"at most {config.data.heldout}")
+    require(config.data.num_classes > 1, "data.num_classes", config.data.num_classes, f"2 or more for {key}")
+    _check_weights(key, stage.weights)
+    for kind in ("classifier", "teacher"):
+        needs_one(key, stage, config, kind)
+    found = halvings(stage, config)
+    for students in ("encoder", "deterministic"):
+        chains = [one for one in found.values() if one.students == students]
+        require(len(chains) == 1, f"{key}.needs", stage.needs, f"exactly one stage of kind halve, students={students}")
+        for steps in stage.steps:
+            one_of(f"{key}.steps", steps, chains[0].steps)
+        low, high = chains[0].w_range or needs_one(f"stages.{chains[0].name}", chains[0], config, "guide").w_range
+        for w in stage.weights:
+            right = f"in [{low:g}, {high:g}], for which {chains[0].name} is trained"
+            require(low <= w <= high, f"{key}.weights", w, right)
+    one_of(f"{key}.headline", stage.headline, stage.steps)
+
+
+def halvings(stage: StageConfig, config: Config) -> dict[str, HalveConfig]:
+    """The stages of kind halve that a stage needs, by name."""
+    needed = {name: config.stages[name] for name in stage.needs}
+    return {name: found for name, found in needed.items() if isinstance(found, HalveConfig)}
+
+
+def _check_weights(key: str, weights: list[float]) -> None:
+    right = "at least one, each 0 (no guidance) or more"
+    require(bool(weights) and all(w >= 0 for w in weights), f"{key}.weights", weights, right)

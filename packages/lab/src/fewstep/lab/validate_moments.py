@@ -1,0 +1,111 @@
+"""What can be wrong with the stages of moment matching: the distillation, the teacher's sweep, the comparison."""
+
+from typing import Any
+
+from fewstep.lab.checks import check_range, check_schedule, check_weight, needs_one, one_of, positive, require
+from fewstep.lab.config import CompareConfig, Config, ConvertConfig, MomentsConfig, RatioTarget, SweepConfig
+
+ADAPTIVE = "adaptive"  # the weight that depends on more than the noise level
+MOST_STEPS = (1, 2, 4, 8, 16)  # that moment matching is meant for
+TEACHERS = ("teacher", "convert")  # kinds of stages that give a teacher
+STUDENTS = ("moments", "halve")  # kinds of stages whose students can be compared
+MEASURES = ("fid_heldout", "fid_train", "kid", "is", "precision", "recall", "accuracy", "spread")
+
+
+def check_moments(key: str, stage: MomentsConfig, config: Config) -> None:
+    """A distillation by moment matching."""
+    teacher = needs_one(key, stage, config, *TEACHERS)
+    right = f"x, v or flow for {key}: let it need a stage of kind convert, which fine-tunes the teacher to v"
+    require(config.prediction != "eps" or teacher.kind == "convert", "prediction", "eps", right)
+    one_of(f"{key}.method", stage.method, ("alternating", "instant"))
+    one_of(f"{key}.renoise", stage.renoise, ("posterior", "unconditional", "ddim"))
+    require(bool(stage.steps), f"{key}.steps", stage.steps, "at least one")
+    for steps in stage.steps:
+        one_of(f"{key}.steps", steps, MOST_STEPS)
+    for name in ("updates_at", "weight_at"):
+        for steps in getattr(stage, name):
+            one_of(f"{key}.{name}", steps, MOST_STEPS)
+    for steps, updates in stage.updates_at.items():
+        require(updates >= 1, f"{key}.updates_at.{steps}", updates, "1 or more")
+    for steps, weight in stage.weight_at.items():
+        if weight != ADAPTIVE:
+            check_weight(f"{key}.weight_at.{steps}", weight)
+    _check_other_schedule(f"{key}.schedule", stage.schedule, config)
+    if stage.w_range is not None:
+        check_range(f"{key}.w_range", stage.w_range)
+    _check_start(key, stage, config)
+    if stage.method == "instant":
+        _check_instant(key, stage)
+
+
+def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
+    """Students that start from progressively distilled ones, which take w."""
+    if not any(config.stages[need].kind == "halve" for need in stage.needs):
+        return
+    halve = needs_one(key, stage, config, "halve")
+    for steps in stage.steps:
+        require(steps in halve.steps, f"{key}.steps", steps, f"one of those that {halve.name} has: {halve.steps}")
+    low, high = halve.w_range or needs_one(f"stages.{halve.name}", halve, config, "guide").w_range
+    right = f"a range within that of {halve.name}, [{low:g}, {high:g}] (w = 0 is no guidance): its students take w"
+    inside = stage.w_range is not None and low <= stage.w_range[0] and stage.w_range[1] <= high
+    require(inside, f"{key}.w_range", stage.w_range, right)
+
+
+def _check_instant(key: str, stage: MomentsConfig) -> None:
+    part = stage.batch_size // stage.accumulate
+    right = f"even in each of accumulate={stage.accumulate} parts: the instant form needs two halves"
+    require(part % 2 == 0, f"{key}.batch_size", stage.batch_size, right)
+    require(stage.preconditioner_batches >= 0, f"{key}.preconditioner_batches", stage.preconditioner_batches, ">= 0")
+    require(not stage.compile, f"{key}.compile", "true", "false: the instant form differentiates forwards, uncompiled")
+    clip = stage.clip
+    require(clip is None or (len(clip) == 2 and clip[0] < clip[1]), f"{key}.clip", clip, "null or [low, high]")
+
+
+def check_convert(key: str, stage: ConvertConfig, config: Config) -> None:
+    """The fine-tuning of a teacher to another prediction."""
+    needs_one(key, stage, config, "teacher")
+    one_of(f"{key}.to", stage.to, ("v", "x", "flow"))
+
+
+def check_sweep(key: str, stage: SweepConfig, config: Config) -> None:
+    """The teacher's sweep."""
+    positive(key, stage, "steps", "num_samples", "chunk", "kid_subsets")
+    for name in ("noise_levels", "weights"):
+        require(bool(getattr(stage, name)), f"{key}.{name}", [], "at least one")
+    for level in stage.noise_levels:
+        require(0 <= level <= 1, f"{key}.noise_levels", level, "in [0, 1]")
+    require(all(w >= 0 for w in stage.weights), f"{key}.weights", stage.weights, "each 0 (no guidance) or more")
+    _check_other_schedule(f"{key}.schedule", stage.schedule, config)
+    needs_one(key, stage, config, "classifier")
+    needs_one(key, stage, config, *TEACHERS)
+
+
+def check_compare(key: str, stage: CompareConfig, config: Config) -> None:
+    """The comparison of students."""
+    positive(key, stage, "num_samples", "sampling_seeds", "chunk", "kid_subsets")
+    require(all(w >= 0 for w in stage.weights), f"{key}.weights", stage.weights, "each 0 (no guidance) or more")
+    for kinds in (("classifier",), TEACHERS, ("sweep",)):
+        needs_one(key, stage, config, *kinds)
+    students = {need: config.stages[need].steps for need in stage.needs if config.stages[need].kind in STUDENTS}
+    require(bool(students), f"{key}.needs", stage.needs, f"with a stage of kind {' or '.join(STUDENTS)}")
+    for i, target in enumerate(stage.targets):
+        _check_target(f"{key}.targets[{i}]", target, students)
+
+
+def _check_target(key: str, target: RatioTarget, students: dict[str, list[int]]) -> None:
+    one_of(f"{key}.stage", target.stage, students)
+    one_of(f"{key}.over", target.over, ("teacher", *students))
+    for name in (target.stage, *({target.over} - {"teacher"})):
+        one_of(f"{key}.steps", target.steps, students[name])
+    one_of(f"{key}.measure", target.measure, MEASURES)
+    limits = [target.at_most, target.at_least]
+    require(limits.count(None) == 1, key, limits, "one of at_most and at_least")
+
+
+def _check_other_schedule(key: str, schedule: dict[str, Any], config: Config) -> None:
+    """One that the experiment's networks can go on to: between VP and VE the scale of z is all that changes."""
+    if not schedule:
+        return
+    kinds = check_schedule(key, schedule).kind, check_schedule("schedule", config.schedule).kind
+    right = f"of a kind that a network on schedule={config.schedule['type']} can go on to (vp and ve, or flow alike)"
+    require(kinds[0] == kinds[1] or "flow" not in kinds, key, schedule["type"], right)

@@ -1,0 +1,168 @@
+"""`fewstep edit`, `inpaint` and `transfer`: what they write, and what they refuse before they compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import small_dit
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.lab.cli import main
+from fewstep.models import GuidedDenoiser, NetworkDenoiser, load, save, with_guidance_input
+from fewstep.samplers import edit, inpaint, stochastic, transfer
+from fewstep.schedules import Cosine, Trained, sample_seeds, seeded_noise
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, students of 4 steps of three kinds, five images as tensors and as PNGs, a mask; weights are random."""
+    root = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    teacher = NetworkDenoiser(small_dit(), Cosine(), "v", trained=Trained("teacher"))
+    save(teacher, root / "teacher")
+    student = with_guidance_input(teacher, w_range=(0.0, 2.0))
+    for kind in ("deterministic", "stochastic", "encoder"):
+        with torch.no_grad():  # a fresh w path is zero, and kinds must differ
+            for weight in student.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        student.trained = Trained(kind, 4, (0.0, 2.0))  # type: ignore[arg-type]  # one of the kinds
+        save(student, root / kind)
+    save(NetworkDenoiser(small_dit(num_classes=None), Cosine(), "v"), root / "unconditional")
+    levels = torch.randint(0, 256, (5, *SHAPE), generator=torch.Generator().manual_seed(1))
+    save_file({"images": levels / 127.5 - 1, "classes": torch.arange(5)}, root / "images.safetensors")
+    save_file({"images": levels / 127.5 - 1}, root / "unlabelled.safetensors")
+    save_file({"pixels": levels}, root / "other.safetensors")
+    save_file({"images": torch.zeros(2, 1, 16, 16)}, root / "large.safetensors")
+    (root / "pngs").mkdir()
+    for i, image in enumerate(levels):
+        Image.fromarray(image[0].numpy().astype(np.uint8)).save(root / "pngs" / f"{i}.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 5:] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    Image.fromarray(mask // 2).save(root / "grey.png")
+    Image.fromarray(mask[:4]).save(root / "half.png")
+    (root / "empty").mkdir()
+    return root
+
+
+def run(command: str, files: Path, out: Path, *options: str) -> int:
+    named = [str(files / word[1:]) if word.startswith("@") else word for word in options]
+    return main([command, *named, "--out", str(out), "--device", "cpu"])
+
+
+def given(files: Path) -> Tensor:
+    return load_file(files / "images.safetensors")["images"]
+
+
+def noise(seed: int = 0) -> Tensor:
+    return seeded_noise(sample_seeds(seed, 0, torch.arange(5)), SHAPE)
+
+
+@pytest.mark.parametrize("source", ["@images.safetensors", "@pngs"])
+def test_edit_is_the_samplers(files: Path, tmp_path: Path, source: str) -> None:
+    """Images, classes in turn, noise and strength as said: a person must be able to make the same in a notebook."""
+    options = ["--strength", "0.5", "--classes", "7,2", "--w", "1", "--seed", "3"]
+    assert run("edit", files, tmp_path, "--model", "@deterministic", "--input", source, *options) == 0
+    found = load_file(tmp_path / "samples.safetensors")
+    classes = torch.tensor([7, 2, 7, 2, 7])
+    expected = edit(load(files / "deterministic"), given(files), noise(3), 4, 0.5, classes, 1.0).clamp(-1, 1)
+    torch.testing.assert_close(found["images"], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["inputs"], given(files), atol=1e-6, rtol=0)
+    assert found["classes"].tolist() == classes.tolist()
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (5 * 52 + 4, 2 * 52 + 4)  # images above, results below
+
+
+def test_a_stochastic_student_is_sampled_as_one(files: Path, tmp_path: Path) -> None:
+    """ddim on it looks plausible and is wrong."""
+    options = ["--strength", "1", "--classes", "1", "--w", "1"]
+    assert run("edit", files, tmp_path, "--model", "@stochastic", "--input", "@pngs", *options, "--strict") == 0
+    seeds = sample_seeds(0, 0, torch.arange(5))
+    expected = edit(
+        load(files / "stochastic"), given(files), noise(), 4, 1.0, torch.ones(5, dtype=torch.long), 1.0,
+        sampler=stochastic, seeds=seeds,
+    )  # fmt: skip
+    found = load_file(tmp_path / "samples.safetensors")["images"]
+    torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_inpaint_keeps_what_the_mask_keeps(files: Path, tmp_path: Path) -> None:
+    """White is painted, black comes back bit for bit, in the tensors and in the levels of the picture."""
+    options = ["--mask", "@mask.png", "--classes", "4", "--w", "1"]
+    assert run("inpaint", files, tmp_path, "--model", "@deterministic", "--input", "@images.safetensors", *options) == 0
+    found, x = load_file(tmp_path / "samples.safetensors")["images"], given(files)
+    assert torch.equal(found[..., :5], x[..., :5])
+    assert (found[..., 5:] - x[..., 5:]).abs().max() > 0.05
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 5:] = 1
+    classes = torch.full((5,), 4)
+    expected = inpaint(load(files / "deterministic"), x, noise(), 4, 1.0, classes, 1.0, mask=mask).clamp(-1, 1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_transfer_goes_from_the_images_classes_to_those_asked_for(files: Path, tmp_path: Path) -> None:
+    """From the file's own classes unless --from says others; by the encoder there and by the decoder back."""
+    models = ["--encoder", "@encoder", "--decoder", "@deterministic", "--w", "1", "--to", "8", "--strict"]
+    x, target, pair = given(files), torch.full((5,), 8), (load(files / "encoder"), load(files / "deterministic"))
+    for more, source in (([], torch.arange(5)), (["--from", "9,0"], torch.tensor([9, 0, 9, 0, 9]))):
+        assert run("transfer", files, tmp_path, "--input", "@images.safetensors", *models, *more) == 0
+        found = load_file(tmp_path / "samples.safetensors")["images"]
+        expected = transfer(*pair, x, 4, source, target, 1.0).clamp(-1, 1)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_a_teacher_can_stand_on_both_sides(files: Path, tmp_path: Path) -> None:
+    """Undistilled DDIB, guided with its own null class: what distilled pairs are compared with."""
+    models = ["--encoder", "@teacher", "--decoder", "@teacher", "--w", "2", "--steps", "3"]
+    assert run("transfer", files, tmp_path, "--input", "@images.safetensors", "--to", "1", *models) == 0
+    teacher = load(files / "teacher")
+    guided = GuidedDenoiser(teacher, teacher.null_cond)
+    classes = torch.arange(5), torch.ones(5, dtype=torch.long)
+    expected = transfer(guided, guided, given(files), 3, *classes, 2.0).clamp(-1, 1)
+    torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["images"], expected, atol=1e-3, rtol=0)
+
+
+EDIT = ["--model", "@deterministic", "--input", "@images.safetensors", "--classes", "1"]
+PAIR = ["--encoder", "@encoder", "--decoder", "@deterministic", "--to", "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("edit", [*EDIT, "--strength", "1.5"], "strength = 1.5: must lie in [0, 1]"),
+        ("edit", [*EDIT, "--strength", "0.2"], "strength = 0.2 of 4 steps leaves no whole step: must be at least 1/4"),
+        ("edit", [*EDIT, "--strength", "0.5", "--steps", "8"], "--steps 8: must be 4 or left out"),
+        ("edit", [*EDIT, "--strength", "0.5", "--classes", "10"], "this model has no class 10"),
+        ("edit", [*EDIT, "--strength", "0.5", "--w", "-1"], "--w -1.0: must be 0 (no guidance) or more"),
+        ("edit", [*EDIT, "--strength", "0.5", "--w", "3", "--strict"], "[0, 2]"),
+        ("edit", [*EDIT, "--strength", "0.5", "--model", "@encoder", "--strict"], "trained as 'encoder'"),
+        ("edit", [*EDIT, "--strength", "0.5", "--input", "@large.safetensors"], "(1, 8, 8), not (1, 16, 16)"),
+        ("edit", [*EDIT, "--strength", "0.5", "--input", "@other.safetensors"], "holds no images"),
+        ("edit", [*EDIT, "--strength", "0.5", "--input", "@empty"], "must be a PNG, a folder with some"),
+        ("edit", [*EDIT, "--strength", "0.5", "--input", "@nowhere.png"], "no picture that can be read"),
+        ("inpaint", [*EDIT, "--mask", "@grey.png"], "mask is not binary"),
+        ("inpaint", [*EDIT, "--mask", "@half.png"], "mask has shape (1, 1, 4, 8)"),
+        ("inpaint", [*EDIT, "--mask", "@images.safetensors"], "no picture that can be read"),
+        ("transfer", [*PAIR, "--input", "@unlabelled.safetensors"], "--from: needed"),
+        ("transfer", [*PAIR, "--input", "@images.safetensors", "--from", "12"], "this model has no class 12"),
+        ("transfer", [*PAIR, "--input", "@images.safetensors", "--encoder", "@stochastic"], "must be an encoder"),
+        ("transfer", [*PAIR, "--input", "@images.safetensors", "--decoder", "@teacher"], "--steps: "),
+    ],
+)
+def test_refusals(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, options: list[str], said: str
+) -> None:
+    """One line on stderr that names the value and what would be right, exit code 2, and nothing written."""
+    out = tmp_path / "out"
+    assert run(command, files, out, *options) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -1,0 +1,189 @@
+"""The longer faults (`make test-slurm-full`): whatever happens, the weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import (
+    UPDATES,
+    Cluster,
+    assert_same_bits,
+    finished,
+    job_of,
+    kill_process,
+    reached,
+    settled,
+    steps_told,
+    submit,
+    until,
+    weights,
+)
+from torch import Tensor
+
+from fewstep.lab.cli import main
+from fewstep.lab.cluster import slurm
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+def attempt(out: Path) -> dict[str, int]:
+    """Who has the teacher's folder; nobody yet is submission 0."""
+    path = out / "teacher" / "attempt.json"
+    found: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {"submission": 0, "restart": 0}
+    return found
+
+
+def started_again(out: Path, restart: int = 1) -> None:
+    until(lambda: attempt(out)["restart"] >= restart, f"no start {restart}")
+
+
+def node_of(out: Path) -> str:
+    return next(row.nodes for row in slurm.queue() or [] if row.id == job_of(out))
+
+
+def test_preempted_by_a_partition_of_higher_priority(
+    cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    out = tmp_path / "run"
+    assert submit(out) == 0
+    until(reached(out, 40), "no checkpoint")
+    subprocess.run(
+        ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5"], check=True
+    )
+    started_again(out)
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), undisturbed)
+
+
+def test_the_time_limit_is_a_pause(cluster: Cluster, tmp_path: Path) -> None:
+    # 0 checkpoints by time or updates: only the one at the signal can have kept anything.
+    out, long = tmp_path / "run", ["stages.teacher.updates=100000", "stages.teacher.checkpoint_updates=0"]
+    assert submit(out, *long, "cluster.time=1", "cluster.signal_seconds=40") == 0
+    started_again(out)
+    kept = [int(path.stem) for path in (out / "teacher" / "checkpoints").glob("[0-9]*.safetensors")]
+    assert max(kept) > 0
+    assert main(["cancel", str(out)]) == 0
+
+
+def test_too_little_time_to_save_goes_on_from_the_last_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    out, long = tmp_path / "run", ["stages.teacher.updates=100000"]
+    # Slurm's signal comes too late to be told from the end: the job's own clock must requeue it.
+    assert submit(out, *long, "cluster.time=1", "cluster.signal_seconds=1", "+cluster.sbatch={signal: CONT@1}") == 0
+    started_again(out)
+    assert main(["cancel", str(out)]) == 0
+
+
+def test_requeued_three_times_in_a_row(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    out = tmp_path / "run"
+    assert submit(out) == 0
+    for start, step in enumerate((40, 80, 120)):
+        until(reached(out, step), f"no checkpoint of {step}")
+        subprocess.run(["scancel", "--signal=USR2", job_of(out)], check=True)
+        started_again(out, start + 1)
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), undisturbed)
+    assert steps_told(out / "teacher") == list(range(20, UPDATES + 1, 20))
+
+
+def test_a_lost_node(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    out = tmp_path / "run"
+    assert submit(out) == 0
+    until(reached(out, 40), "no checkpoint")
+    node = node_of(out)
+    cluster.tool("kill-node", node)
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
+    try:
+        finished(out, "teacher")
+    finally:
+        cluster.tool("start-node", node)
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+    assert attempt(out)["restart"] == 1
+    assert_same_bits(weights(out / "teacher"), undisturbed)
+
+
+def test_a_frozen_node_whose_copy_goes_on_writes_nothing_more(
+    cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    # Its daemon is silent, its processes run: two copies would write side by side.
+    out = tmp_path / "run"
+    more = ["stages.teacher.updates=100000"]
+    assert submit(out, *more) == 0
+    until(reached(out, 40), "no checkpoint")
+    node = node_of(out)
+    cluster.tool("freeze-node", node)
+    try:
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
+        started_again(out)
+        log = next((out / ".cluster").glob("*/jobs/*_0_log.err"))
+        until(lambda: "belongs to submission 1" in log.read_text(), "the old copy still writes")
+        step = max(steps_told(out / "teacher"))
+        until(lambda: max(steps_told(out / "teacher")) > step, "the new copy does not go on")
+        told = steps_told(out / "teacher")
+        assert told == sorted(set(told))
+    finally:
+        main(["cancel", str(out)])
+        cluster.tool("thaw-node", node)
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+
+
+def test_the_controller_dies_and_returns(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    out = tmp_path / "run"
+    assert submit(out) == 0
+    until(reached(out, 40), "no checkpoint")
+    time.sleep(6)  # a controller that dies within 5 s of a submission has not saved it
+    cluster.tool("kill-ctld")
+    cluster.tool("start-ctld")
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), undisturbed)
+
+
+def test_the_whole_job_killed_and_resumed(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    out = tmp_path / "run"
+    assert submit(out) == 0
+    until(reached(out, 40), "no checkpoint")
+    subprocess.run(["scancel", "--full", "--signal=KILL", job_of(out)], check=True)
+    assert settled(out)["teacher"].state in ("cancelled", "failed")
+    assert main(["resume", str(out)]) == 0
+    finished(out, "teacher")
+    assert attempt(out)["submission"] == 2
+    assert_same_bits(weights(out / "teacher"), undisturbed)
+
+
+def test_one_of_two_ranks_killed(cluster: Cluster, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pair = ["cluster.nodes=2"]
+    assert submit(whole, *pair) == 0
+    finished(whole, "teacher")
+    assert submit(out, *pair) == 0
+    until(reached(out, 40), "no checkpoint")
+    kill_process(job_of(out), rank=1)
+    started_again(out)
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), weights(whole / "teacher"))
+
+
+def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(
+    cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    out = tmp_path / "run"
+    disk = out / "teacher" / "checkpoints"
+    disk.mkdir(parents=True)
+    assert submit(out, "+cluster.sbatch={hold: true}") == 0
+    node = "n1"
+    # The job's own namespace is the node's; a small disk there is put under its checkpoints.
+    subprocess.run(["scontrol", "update", f"JobId={job_of(out)}", f"ReqNodeList={node}"], check=True)
+    subprocess.run(["srun", "-w", node, "mount", "-t", "tmpfs", "-o", "size=100k", "none", str(disk)], check=True)
+    try:
+        subprocess.run(["scontrol", "release", job_of(out)], check=True)
+        part = settled(out)["teacher"]
+        assert part.state == "failed"
+        assert "No space left" in part.error
+    finally:
+        subprocess.run(["srun", "-w", node, "umount", str(disk)], check=True)
+    assert main(["resume", str(out)]) == 0
+    subprocess.run(["scontrol", "release", job_of(out)], check=True)
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), undisturbed)
