@@ -47,7 +47,8 @@ FOREIGN = {  # declared third-party distributions, by the design; lab may declar
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """What a command printed; it runs without this session's Python settings, and its failure is the test's."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    ours = ("PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")  # Triton's interpreter, set by conftest, asks for numpy
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -57,8 +57,13 @@ def distribution(module: str) -> str | None:
 
 def imported(pyproject: Path, inside: bool) -> set[str]:
     """Distributions that a project imports at module level (inside=False) or within functions (inside=True)."""
-    trees = (ast.parse(path.read_text()) for path in (pyproject.parent / "src").rglob("*.py"))
-    found = {distribution(module) for tree in trees for module, where in imports(tree) if where == inside}
+    found = {
+        distribution(module)
+        for path in (pyproject.parent / "src").rglob("*.py")
+        for module, where in imports(ast.parse(path.read_text()))
+        # triton_kernel.py is imported only where Triton is
+        if where == inside and not (path.name == "triton_kernel.py" and module.startswith("triton"))
+    }
     return {name for name in found if name} - {canonicalize_name(project(pyproject)["name"])}
 
 

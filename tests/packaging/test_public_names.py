@@ -11,17 +11,24 @@ NAMES = {
     "schedules": """Schedule Cosine LinearBeta Discrete Karras RectifiedFlow reschedule to_x from_x
         snr truncated_snr snr_plus_one edm_weight flat seeded_noise Denoiser""",
     "models": """NetworkDenoiser GuidedDenoiser UNet DiT GuidanceEmbedding with_guidance_input load save""",
-    "samplers": "ddim ancestral heun dpmpp_2m ddim_step",
-    "distill": "guidance_target progressive_target GuidanceDistillation ProgressiveDistillation",
+    "samplers": "ddim stochastic ancestral heun dpmpp_2m ddim_step encode edit inpaint transfer",
+    "distill": """guidance_target progressive_target stochastic_target encoder_target GuidanceDistillation
+        ProgressiveDistillation EncoderDistillation MomentMatching InstantMomentMatching adam_preconditioner
+        estimate_preconditioner""",
     "kernels": "group_norm_silu attention attention_qkv guided_update available_backends use_backend",
 }
 SAMPLER = ["denoiser", "noise", "steps", "cond", "w", "times", "z", "clip", "seeds", "callback"]
 PARAMETERS = {  # beginnings of signatures that callers use by position or by name
     "samplers.ddim": SAMPLER,
+    "samplers.stochastic": SAMPLER,
     "samplers.ancestral": SAMPLER,
     "samplers.heun": SAMPLER,
     "samplers.dpmpp_2m": SAMPLER,
     "samplers.ddim_step": ["x", "z", "t", "s", "schedule"],
+    "samplers.encode": ["denoiser", "x", "steps", "cond", "w", "times"],
+    "samplers.edit": ["denoiser", "x", "noise", "steps", "strength", "cond", "w", "sampler"],
+    "samplers.inpaint": ["denoiser", "x", "noise", "steps", "strength", "cond", "w", "mask", "sampler"],
+    "samplers.transfer": ["encoder", "decoder", "x", "steps", "cond_from", "cond_to", "w"],
     "schedules.Cosine": ["log_snr_min", "log_snr_max", "shift"],
     "schedules.Discrete": ["alphas_cumprod"],
     "schedules.reschedule": ["denoiser", "schedule"],
@@ -34,6 +41,14 @@ PARAMETERS = {  # beginnings of signatures that callers use by position or by na
     "models.with_guidance_input": ["denoiser"],
     "distill.guidance_target": ["teacher", "null_cond", "z", "t", "cond", "w"],
     "distill.progressive_target": ["teacher", "z", "t", "steps", "cond", "w"],
+    "distill.stochastic_target": ["teacher", "z", "t", "steps", "cond", "w"],
+    "distill.encoder_target": ["teacher", "z", "t", "steps", "cond", "w"],
+    "distill.MomentMatching": [
+        "teacher", "student", "auxiliary", "k", "null_cond", "w_range", "weight", "renoise",
+    ],
+    "distill.InstantMomentMatching": [
+        "teacher", "student", "k", "preconditioner", "null_cond", "w_range", "weight", "clip",
+    ],
     "kernels.group_norm_silu": [
         "x", "groups", "weight", "bias", "eps", "scale", "shift", "residual", "act", "residual_at",
     ],
