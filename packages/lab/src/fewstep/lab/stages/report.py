@@ -10,7 +10,7 @@ from fewstep.lab.validate_moments import STUDENTS
 
 
 def run(ctx: StageContext) -> None:
-    """Write `index.html`, its pictures (PNG, PDF), `table.md` and `readme.png`; raises Interrupted when asked to stop."""
+    """Write `index.html`, its pictures, `table.md` and `readme.png`; raises Interrupted when asked to stop."""
     write, kind = (write_comparison, "compare") if ctx.inputs_of_kind("compare") else (write_report, "evaluate")
     folder, *_ = ctx.inputs_of_kind(kind).values()
     title = ctx.stage.title or f"Few-step samplers for {ctx.config.data.name}"
