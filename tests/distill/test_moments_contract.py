@@ -187,6 +187,24 @@ def test_instant_loss_is_the_papers_with_the_sign_of_equation_7():
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()))
 
 
+def test_a_teacher_that_drops_tangents_is_refused():
+    # a custom operator without a forward-mode rule gives none, silently: the student would never move
+    @torch.library.custom_op("fewstep_tests::copied", mutates_args=())
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    torch.library.register_autograd("fewstep_tests::copied", lambda ctx, dy: dy)
+
+    class Dropping(Net):
+        def forward(self, *inputs):
+            return copied(super().forward(*inputs))
+
+    teacher = Dropping()
+    method = InstantMomentMatching(teacher, Net(), 4, ones(teacher))
+    with pytest.raises(RuntimeError, match="Dropping has no derivative in forward mode"):
+        method.loss(drawn(method, 8), 0)
+
+
 def test_adaptive_weight_divides_by_the_teachers_correction():
     # at one or two steps the EDM weight is all on the smallest noise; DMD's must not reach the auxiliary regression,
     # where a weight that depends on x~ would move E[x~ | z_s] itself
