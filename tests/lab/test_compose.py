@@ -63,6 +63,7 @@ def test_misspelt_key_is_named_with_the_nearest_known_one(override: str, words: 
         ("stages.teacher.betas", [0.9], "two numbers in [0, 1)"),
         ("stages.teacher.cond_drop", 1.0, "in [0, 1)"),
         ("stages.evaluate.steps", [4, 32], "one of the trained students'"),
+        ("stages.evaluate.steps", [3], "steps=3: must be one of the trained students"),
         ("prediction", "epsilon", "must be one of x, eps, v, flow"),
         ("data.image_size", 16, "digits has 8"),
         ("data.channels", 3, "digits has 1"),
