@@ -1,9 +1,14 @@
 """Digits, their split, and the order of training."""
 
+import pytest
 import torch
+from lab_configs import DIGITS
 
-from fewstep.lab.config import DataConfig
+from fewstep.lab.captioned import world_of
+from fewstep.lab.compose import compose
+from fewstep.lab.config import ConfigError, DataConfig
 from fewstep.lab.data import Order, load_data
+from fewstep.lab.shapes import parse, read, score
 
 
 def test_digits_are_all_there_once_in_range_and_stratified() -> None:
@@ -53,3 +58,44 @@ def test_processes_share_the_one_stream_in_order() -> None:
 def test_order_depends_on_the_seed() -> None:
     first, second = (Order(50, 50, seed).indices(torch.arange(50)) for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def captioned(*overrides: str) -> DataConfig:
+    return compose(DIGITS, ["preset=debug", "data=captioned_shapes", *overrides]).data
+
+
+def test_captioned_shapes_are_splits_without_what_is_held_out() -> None:
+    # Broken: what tests composition was trained on, or images stand beside other images' captions and classes.
+    config = captioned("data.shapes.count=60", "data.heldout=40", "data.shapes.composition=20")
+    data = load_data(config)
+    assert (len(data.train), len(data.heldout), len(data.composition)) == (60, 40, 20)
+    for split in (data.train, data.heldout, data.composition):
+        found = read(split.images)
+        assert all(score(parse(text), things).all for text, things in zip(split.captions, found, strict=True))
+        leftmost = [(things[0].colour, things[0].shape) for things in found]
+        assert [world_of(config.shapes).kinds.index(kind) for kind in leftmost] == split.labels.tolist()
+    seen = {(m.colour, m.shape) for text in data.train.captions + data.heldout.captions for m in parse(text).objects}
+    assert not seen & {("red", "triangle"), ("blue", "circle")}
+    more = load_data(captioned("data.shapes.count=70", "data.heldout=40"))
+    assert torch.equal(more.train.images[:60], data.train.images)
+    moved = data.train.to(torch.device("cpu"))
+    assert moved.captions == data.train.captions
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.shapes.held_out=[red cube]", r"data.shapes.held_out=red cube: must be one of"),
+        ("data.shapes.colours=[red,mauve]", r"data.shapes.colours=mauve: must be one of"),
+        ("data.shapes.sizes=[small,small]", r"data.shapes.sizes=\['small', 'small'\]: must be different ones"),
+        ("data.shapes.most_objects=4", r"data.shapes.most_objects=4: must be 1 to 3"),
+        ("data.num_classes=10", r"data.num_classes=10: must be 12, colours times shapes"),
+        ("data.image_size=64", r"data.image_size=64: must be 32"),
+        ("data.shapes.held_out=[]", r"data.shapes.composition=1000: must be 0, or"),
+        ("data.shapes=null", r"data.shapes=null: captioned_shapes needs it"),
+    ],
+)
+def test_captioned_shapes_that_cannot_be(override: str, message: str) -> None:
+    # Broken: a misspelt combination is trained on, and its "composition" tests nothing.
+    with pytest.raises(ConfigError, match=message):
+        captioned(override)

@@ -23,14 +23,37 @@ def _free(default: Any) -> Any:
 
 
 @dataclass
+class ShapesConfig:
+    """What captioned shapes are made of; every image is a function of (seed, its index) alone.
+
+    count: images of the training split, as many as one likes. held_out: combinations such as "red triangle" that no
+    image of training or held-out split contains; `composition` images each contain one, and test what was never seen.
+    """
+
+    count: int = 20000
+    composition: int = 1000
+    shapes: list[str] = field(default_factory=lambda: ["circle", "square", "triangle"])
+    colours: list[str] = field(default_factory=lambda: ["red", "green", "blue", "yellow"])
+    sizes: list[str] = field(default_factory=lambda: ["small", "large"])
+    most_objects: int = 3
+    held_out: list[str] = field(default_factory=lambda: ["red triangle", "blue circle"])
+    seed: int = 0
+
+
+@dataclass
 class DataConfig:
-    """Where images come from; `heldout` images are kept from every training stage."""
+    """Where images come from; `heldout` images are kept from every training stage.
+
+    num_classes: what the judge tells apart; of captioned images only the judge sees classes. shapes: of
+    captioned_shapes alone.
+    """
 
     name: str = "digits"
     image_size: int = 8
     channels: int = 1
     num_classes: int = 10
     heldout: int = 450
+    shapes: ShapesConfig | None = None
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Image data sets held whole in memory, and the order in which training meets them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,10 +13,11 @@ from fewstep.schedules import sample_seeds
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, C, H, W) float32 in [-1, 1]. labels: (N,) int64."""
+    """images: (N, C, H, W) float32 in [-1, 1]. labels: (N,) int64. captions: N texts, of captioned images."""
 
     images: Tensor
     labels: Tensor
+    captions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -27,15 +28,16 @@ class Split:
 
     def to(self, device: torch.device) -> "Split":
         """The same images on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Data:
-    """`heldout` is met by no training stage, the judge's included."""
+    """`heldout` is met by no training stage, the judge's included; nor is `composition`, of unseen combinations."""
 
     train: Split
     heldout: Split
+    composition: Split | None = None
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -71,6 +73,8 @@ KNOWN = {
     "digits16": Known(image_size=16, channels=1, num_classes=10, count=1797, load=_digits16),
 }
 
+CAPTIONED = ("captioned_shapes",)  # by `fewstep.lab.captioned`
+
 
 def load_data(config: DataConfig) -> Data:
     """The data set of that name, split the same way whatever the run's seed: every class in proportion.
@@ -81,6 +85,10 @@ def load_data(config: DataConfig) -> Data:
     from sklearn.model_selection import train_test_split
 
     check_data(config)
+    if config.name in CAPTIONED:
+        from fewstep.lab.captioned import load_captioned  # it makes splits, so it imports this module
+
+        return load_captioned(config)
     images, labels = KNOWN[config.name].load()
     parts = train_test_split(range(len(labels)), test_size=config.heldout, stratify=labels.numpy(), random_state=0)
     train, held = (torch.tensor(sorted(part)) for part in parts)
@@ -89,8 +97,12 @@ def load_data(config: DataConfig) -> Data:
 
 def check_data(config: DataConfig) -> None:
     """Refuse, before any compute, a data config that contradicts the data set."""
+    if config.name in CAPTIONED:
+        from fewstep.lab.captioned import check_captioned
+
+        return check_captioned(config)
     if config.name not in KNOWN:
-        raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join(KNOWN)}")
+        raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join([*KNOWN, *CAPTIONED])}")
     known = KNOWN[config.name]
     for key in ("image_size", "channels", "num_classes"):
         if getattr(config, key) != getattr(known, key):

@@ -14,6 +14,7 @@ from .fidelity import (
     register_judge,
     standardised,
 )
+from .interval import wilson
 from .moments import Moments
 from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
 from .targets import Target
@@ -38,4 +39,5 @@ __all__ = [
     "register_judge",
     "squared_errors",
     "standardised",
+    "wilson",
 ]
