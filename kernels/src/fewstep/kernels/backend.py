@@ -5,6 +5,7 @@ For the writer of an operation: `declare` it, `register` its implementations, an
 it, and it never measures anything: what was measured stands in `tuning.json`.
 """
 
+import functools
 import importlib.util
 import json
 import logging
@@ -200,9 +201,18 @@ def tuned(operation: str, *args: Any) -> Mapping[str, Any]:
     if operation not in _table or operation not in _sizes or not _on_gpu(args):
         return {}
     first = _first_tensor(args)
-    sizes = "x".join(size if isinstance(size, str) else str(_rounded(size)) for size in _sizes[operation](*args))
-    name = f"{str(first.dtype).removeprefix('torch.')} {layout(first)} {sizes}"
+    filed = _filed if torch.compiler.is_compiling() else _filed_before
+    name = filed(first.dtype, layout(first), _sizes[operation](*args))
     return _table[operation].get(arch(first.device.index or 0), {}).get(name, {})
+
+
+def _filed(dtype: torch.dtype, kind: str, sizes: tuple[int | str, ...]) -> str:
+    """Return what the tuning table files a call under."""
+    rounded = "x".join(size if isinstance(size, str) else str(_rounded(size)) for size in sizes)
+    return f"{str(dtype).removeprefix('torch.')} {kind} {rounded}"
+
+
+_filed_before = functools.lru_cache(maxsize=4096)(_filed)          # writing the name takes as long as all of the rest
 
 
 def layout(x: Tensor) -> str:

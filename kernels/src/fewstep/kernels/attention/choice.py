@@ -28,7 +28,11 @@ def _device(x: Tensor) -> str:
 
 
 def _differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:                           # not `any`: a generator takes longer than the answer
+            if x.requires_grad:
+                return True
+    return False
 
 
 def _use(*tensors: Tensor) -> str:
@@ -53,7 +57,8 @@ def sizes(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_lengths: Tensor | None, return_lse: bool
 ) -> tuple[int | str, ...]:
     """Return what the tuning table files a call under: B H, L, M, head dimension and use."""
-    return q.shape[0] * q.shape[1], q.shape[2], k.shape[2], f"dim{q.shape[-1]}", _use(q, k, v)
+    batch, heads, length, dim = q.shape
+    return batch * heads, length, k.shape[2], f"dim{dim}", _use(q, k, v)
 
 
 def sizes_packed(
