@@ -59,7 +59,7 @@ def test_overrides_and_unknown_names() -> None:
         UNet.from_preset("digit")
     with pytest.raises(ValueError, match=r"unknown keys \['chanels'\].*its keys are image_size, in_channels, channels"):
         UNet.from_preset("debug", chanels=8)
-    with pytest.raises(ValueError, match="network type None is unknown: use one of DiT, UNet"):
+    with pytest.raises(ValueError, match="network type None is unknown: use one of DiT, DiffusersNetwork, UNet"):
         build_network({"channels": 8})
 
 

@@ -212,7 +212,7 @@ def test_wrong_tensors(model: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["network"].update(type="UViT"), r"network type 'UViT' is unknown: use one of DiT, UNet"),
+        (lambda c: c["network"].update(type="UViT"), r"'UViT' is unknown: use one of DiT, DiffusersNetwork, UNet"),
         (lambda c: c["network"].update(widht=3), r"unknown keys \['widht'\]"),
         (lambda c: c["network"].pop("channels"), r"missing keys \['channels'\]"),
         (lambda c: c.update(network=3), "does not describe a denoiser"),

@@ -1,7 +1,5 @@
 """UNet: against diffusers with the same weights, against formulas written out here, and what its users rely on."""
 
-from collections.abc import Iterator
-
 import diffusers
 import pytest
 import torch
@@ -9,67 +7,8 @@ from model_helpers import batch, perturbed, tiny
 from torch.nn import functional as F
 
 from fewstep.models import UNet
+from fewstep.models.interchange.twin import unet_settings, unet_weights
 from fewstep.models.unet import Groups, ResBlock, SelfAttention
-
-ATTENTION = {"group_norm": "norm", "to_out.0": "project"}
-RESIDUAL = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "film", "norm2": "norm2", "conv2": "conv2",
-            "conv_shortcut": "skip"}  # fmt: skip
-
-
-def block_names(unet: UNet) -> Iterator[tuple[str, str | None, str]]:
-    """(diffusers' residual block, its attention, our block) for every block."""
-    levels, blocks = len(unet.config["channel_mult"]), unet.config["blocks"]
-    sizes = [f"{s}x{s}" for s in (unet.config["image_size"] >> level for level in range(levels))]
-    for level, size in enumerate(sizes):
-        if level:
-            yield f"down_blocks.{level - 1}.downsamplers.0", None, f"encoder.{size}_down"
-        for i in range(blocks):
-            yield f"down_blocks.{level}.resnets.{i}", f"down_blocks.{level}.attentions.{i}", f"encoder.{size}_{i}"
-    for i in range(2):
-        yield f"mid_block.resnets.{i}", f"mid_block.attentions.{i}", f"middle.{sizes[-1]}_{i}"
-    for step, size in enumerate(reversed(sizes)):
-        if step:
-            yield f"up_blocks.{step - 1}.upsamplers.0", None, f"decoder.{size}_up"
-        for i in range(blocks + 1):
-            yield f"up_blocks.{step}.resnets.{i}", f"up_blocks.{step}.attentions.{i}", f"decoder.{size}_{i}"
-
-
-def as_diffusers(unet: UNet) -> dict[str, torch.Tensor]:
-    """The UNet's weights under diffusers' names."""
-    ours = unet.state_dict()
-    pairs = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out",
-             "time_embedding.linear_1": "conditioning.time_in", "time_embedding.linear_2": "conditioning.time_out",
-             "class_embedding": "conditioning.classes"}  # fmt: skip
-    for res, attention, block in block_names(unet):
-        pairs |= {f"{res}.{theirs}": f"{block}.res.{name}" for theirs, name in RESIDUAL.items()}
-        pairs |= {f"{attention}.{theirs}": f"{block}.attention.{name}" for theirs, name in ATTENTION.items()}
-    weights = {
-        f"{theirs}.{kind}": ours[f"{name}.{kind}"]
-        for theirs, name in pairs.items() for kind in ("weight", "bias") if f"{name}.{kind}" in ours
-    }  # fmt: skip
-    for _, attention, block in block_names(unet):
-        for kind in ("weight", "bias"):
-            if f"{block}.attention.qkv.{kind}" in ours:
-                parts = ours[f"{block}.attention.qkv.{kind}"].chunk(3)
-                weights |= {f"{attention}.to_{part}.{kind}": w for part, w in zip("qkv", parts, strict=True)}
-    return {name: w[..., None, None] if "shortcut.weight" in name else w for name, w in weights.items()}
-
-
-def diffusers_twin(unet: UNet) -> diffusers.UNet2DModel:
-    """diffusers' network of the same shape with the same weights; loading is strict, so that none is left out."""
-    c = unet.config
-    attends = [c["image_size"] >> level in c["attention"] for level in range(len(c["channel_mult"]))]
-    twin = diffusers.UNet2DModel(
-        sample_size=c["image_size"], in_channels=c["in_channels"], out_channels=c["out_channels"],
-        block_out_channels=[c["channels"] * m for m in c["channel_mult"]], layers_per_block=c["blocks"],
-        down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
-        up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
-        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
-        attention_head_dim=c["head_dim"], time_embedding_dim=c["emb_channels"], freq_shift=1, flip_sin_to_cos=False,
-        norm_num_groups=c["groups"], attn_norm_num_groups=c["groups"], num_class_embeds=c["num_classes"] + 1,
-    )  # fmt: skip
-    twin.load_state_dict(as_diffusers(unet))
-    return twin
 
 
 def test_equals_diffusers_with_the_same_weights() -> None:
@@ -81,7 +20,9 @@ def test_equals_diffusers_with_the_same_weights() -> None:
     unet.double()
     z, time, y = torch.randn(3, 3, 16, 16).double(), torch.tensor([0.0, 321.5, 1000.0]), torch.tensor([0, 5, 3])
     with torch.no_grad():
-        theirs = diffusers_twin(unet).double()(z, time, y).sample
+        twin = diffusers.UNet2DModel(**unet_settings(unet))
+        twin.load_state_dict(unet_weights(unet))  # strict, so that none is left out
+        theirs = twin.double()(z, time, y).sample
         ours = unet(z, time, y)
     assert theirs.std() > 0.05
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # their sines of 1000 f are float32

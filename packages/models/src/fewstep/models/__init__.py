@@ -3,6 +3,9 @@
 from fewstep.models.denoiser import GuidedDenoiser, NetworkDenoiser, with_guidance_input
 from fewstep.models.dit import DiT
 from fewstep.models.embedding import GuidanceEmbedding
+from fewstep.models.interchange.exporting import to_diffusers
+from fewstep.models.interchange.importing import from_diffusers
+from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.models.network import Network, build_network, init_from
 from fewstep.models.presets import PRESETS
 from fewstep.models.storage import load, save
@@ -11,14 +14,17 @@ from fewstep.models.unet import UNet
 __all__ = [
     "PRESETS",
     "DiT",
+    "DiffusersNetwork",
     "GuidanceEmbedding",
     "GuidedDenoiser",
     "Network",
     "NetworkDenoiser",
     "UNet",
     "build_network",
+    "from_diffusers",
     "init_from",
     "load",
     "save",
+    "to_diffusers",
     "with_guidance_input",
 ]

@@ -86,9 +86,14 @@ class NetworkDenoiser(nn.Module):
     def null_cond(self) -> Tensor | dict[str, Tensor] | None:
         """The null class as a tensor without dimensions, or None for an unconditional network.
 
-        For inpainting {"y": null class}: guidance drops the class and keeps mask and masked image.
+        For inpainting {"y": null class}: guidance drops the class and keeps mask and masked image. A network from
+        elsewhere may say itself what stands for no condition.
         """
-        classes = getattr(_unwrapped(self.network), "num_classes", None)
+        network: Any = _unwrapped(self.network)
+        if hasattr(network, "null_cond"):
+            own: Tensor | dict[str, Tensor] | None = network.null_cond
+            return own
+        classes = getattr(network, "num_classes", None)
         if classes is None:
             return None
         null = torch.tensor(classes, device=next(self.network.parameters()).device)
@@ -206,7 +211,7 @@ class GuidedDenoiser(nn.Module):
 
 
 def with_guidance_input(
-    denoiser: NetworkDenoiser, form: str = "normalized", w_range: tuple[float, float] = (0.0, 4.0)
+    denoiser: NetworkDenoiser, form: str | None = None, w_range: tuple[float, float] = (0.0, 4.0)
 ) -> NetworkDenoiser:
     """A trainable copy that takes w and computes, at every w, exactly what the conditional branch did.
 
@@ -215,7 +220,8 @@ def with_guidance_input(
 
     Args:
         denoiser: conditional, without guidance input.
-        form: "normalized", or "diffusers" if its pipelines are to read the student; see `GuidanceEmbedding`.
+        form: "normalized", or "diffusers" if its pipelines are to read the student; see `GuidanceEmbedding`. None is
+            the latter for a UNet2DConditionModel, the former for any other network.
         w_range: (low, high) of the weights it is meant for.
 
     Raises:
@@ -224,6 +230,7 @@ def with_guidance_input(
     if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, Network):
         raise ValueError("with_guidance_input needs a NetworkDenoiser around a UNet or DiT, without GuidedDenoiser")
     student = copy.deepcopy(denoiser)
-    cast(Network, student.network).add_guidance(form, w_range)
+    network = cast(Network, student.network)
+    network.add_guidance(form or network.guidance_form, w_range)
     student.trained = Trained("guided", w_range=w_range)
     return student.requires_grad_(True)

@@ -95,16 +95,23 @@ class GuidanceEmbedding(nn.Module):
             return sinusoidal(1000.0 * w, DIFFUSERS_FEATURES)
         return harmonics((w - self.low) / self.width)
 
+    def added(self, context: Tensor, w: Tensor) -> Tensor:
+        """What w adds, given what else the network is conditioned on.
+
+        w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). Shape: context (B, E), w (B,) -> (B, E).
+        """
+        features = self.features(w).to(self.project.weight.dtype)
+        if self.form == "normalized":
+            features = F.silu(self.weight(features) + self.context(context))
+        added: Tensor = self.project(features)
+        return added
+
     def forward(self, target: Tensor, w: Tensor) -> Tensor:
         """Target plus what w adds: target is the time features ("diffusers") or the embedding ("normalized").
 
         w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). Shape: target (B, E), w (B,) -> (B, E).
         """
-        features = self.features(w).to(self.project.weight.dtype)
-        if self.form == "normalized":
-            features = F.silu(self.weight(features) + self.context(target))
-        added: Tensor = self.project(features)
-        return target + added
+        return target + self.added(target, w)
 
 
 class Conditioning(nn.Module):

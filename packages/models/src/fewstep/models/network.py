@@ -24,11 +24,10 @@ class Network(nn.Module):
     TYPES: ClassVar[dict[str, type[Network]]] = {}
     conditioning: Conditioning
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], input_shape: tuple[int, int, int] | None = None) -> None:
         super().__init__()
         self.config = {"type": type(self).__name__} | config
-        size = config["image_size"]
-        self.input_shape = (config["in_channels"], size, size)
+        self.input_shape = input_shape or (config["in_channels"], config["image_size"], config["image_size"])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,6 +56,11 @@ class Network(nn.Module):
     def takes_mask(self) -> bool:
         """Whether it was made for inpainting: "mask" and "masked_image" of cond are inputs beside z."""
         return bool(self.config["inpainting"])
+
+    @property
+    def guidance_form(self) -> str:
+        """The form of guidance embedding that suits it."""
+        return "normalized"
 
     @property
     def takes_guidance(self) -> bool:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,34 @@ def save(denoiser: NetworkDenoiser, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not isinstance(denoiser, NetworkDenoiser) or not isinstance(denoiser.network, Network):
         raise ValueError(f"save takes a NetworkDenoiser around a UNet or DiT, got {type(denoiser).__name__}")
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file: save writes a folder")
     weights = safetensors.torch.save({k: v.contiguous() for k, v in denoiser.network.state_dict().items()})
     config = json.dumps(_settings(denoiser, weights), indent=2) + "\n"
+    with new_folder(path) as new:
+        _write(new / WEIGHTS, weights)
+        _write(new / CONFIG, config.encode())
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to write to; it takes the place of `path` at the end, unless there is an error.
+
+    Raises:
+        FileExistsError: path is a file.
+    """
+    _refuse_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / "new"
         new.mkdir()
-        _write(new / WEIGHTS, weights)
-        _write(new / CONFIG, config.encode())
+        yield new
         if path.exists():
             path.rename(Path(folder) / "old")
         new.rename(path)
+
+
+def _refuse_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: save writes a folder")
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NetworkDenoiser:
