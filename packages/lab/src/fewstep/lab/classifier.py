@@ -52,11 +52,11 @@ class ClassifierTraining:
 
     def __init__(self, classifier: Classifier, max_shift: int, noise: float):
         self.networks: dict[str, nn.Module] = {"classifier": classifier}
-        self._classifier, self._max_shift, self._noise = classifier, max_shift, noise
+        self._max_shift, self._noise = max_shift, noise
 
     def param_groups(self) -> dict[str, list[dict[str, Any]]]:
         """One optimiser for everything."""
-        return {"classifier": [{"params": list(self._classifier.parameters())}]}
+        return {"classifier": [{"params": list(self.networks["classifier"].parameters())}]}
 
     def active(self, step: int) -> str:
         """The only optimiser."""
@@ -76,7 +76,7 @@ class ClassifierTraining:
     def loss(self, batch: Batch, step: int, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy, and the accuracy on the augmented images as log."""
         labels = self.targets(batch) if targets is None else targets
-        _, logits = self._classifier(batch.z)
+        _, logits = self.networks["classifier"](batch.z)
         loss = F.cross_entropy(logits.float(), labels)
         return loss, {"loss": loss.detach(), "accuracy": (logits.argmax(1) == labels).float().mean()}
 

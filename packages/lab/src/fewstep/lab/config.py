@@ -86,6 +86,10 @@ class TrainingConfig(StageConfig):
     ema_half_life: half-life of the averaged weights as a fraction of the run, at most; 0 keeps no average.
     ema_decay: the papers' fixed maximal decay (0.9999) in place of the half-life.
     precision: "fp32", "bf16" or "fp16" (autocast). weight: loss weight by its name in `fewstep.schedules`.
+    accumulate: parts in which a process computes its share of the batch, at least; micro_batch: most images in a part,
+    null for no limit: parts are then made as needed, so that the batch is the same on any number of GPUs. parallel:
+    what several processes do: "ddp", or "fsdp" for networks too large for one GPU (FSDP2: weights, gradients,
+    optimiser and averages in shards). activation_checkpointing: computes activations again instead of keeping them.
     """
 
     updates: int = 1000
@@ -105,6 +109,9 @@ class TrainingConfig(StageConfig):
     weight: str = "truncated_snr"
     targets: str | None = None  # folder of stored targets, see `fewstep targets`; None computes them
     dropout: float | None = None  # None leaves what the network has
+    micro_batch: int | None = _free(None)
+    parallel: str = _free("ddp")
+    activation_checkpointing: bool = _free(False)
     checkpoint_updates: int = _free(0)  # save every so many updates; 0: by seconds alone
     checkpoint_seconds: float = _free(30.0)  # save every so many seconds; 0: by updates alone
     log_every: int = _free(50)  # updates

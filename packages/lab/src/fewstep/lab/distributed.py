@@ -1,6 +1,8 @@
 """One process or many: what the rest of the lab needs to know of torchrun."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -51,13 +53,36 @@ def barrier() -> None:
         dist.barrier()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on any process: all get the same answer. Costs a round trip where there are several."""
+def any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each of `flags` holds on any process, the same answer for all: a round trip where there are several."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
+
+
+class OtherProcessError(RuntimeError):
+    """What this process did went well, what another one did at the same time did not."""
+
+
+@contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """What raises within on one process raises on all: nobody goes on, or waits for one that is gone.
+
+    Raises:
+        OtherProcessError: on processes that did not fail themselves.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    (any_failed,) = any_process([failed is not None], device)
+    if failed is not None:
+        raise failed
+    if any_failed:
+        raise OtherProcessError("another process of the job failed; its log says why")
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:

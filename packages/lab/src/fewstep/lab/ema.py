@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.lab.fsdp import local
+
 
 def max_decay(updates: int, half_life: float, decay: float | None = None) -> float:
     """The decay d that a run of `updates` approaches: its half-life is that fraction of the run, unless given itself.
@@ -36,7 +38,8 @@ class Ema:
             average, weights = self.average[name], _state(network)
             floats = [key for key, value in weights.items() if value.is_floating_point()]
             # One fused call for all tensors: a loop over hundreds of small ones costs more than the arithmetic.
-            torch._foreach_lerp_([average[key] for key in floats], [weights[key] for key in floats], 1 - decay)
+            here = ([local(tensors[key]) for key in floats] for tensors in (average, weights))
+            torch._foreach_lerp_(*here, 1 - decay)
             for key in weights.keys() - set(floats):
                 average[key].copy_(weights[key])
 

@@ -13,6 +13,7 @@ from fewstep.lab import distributed
 from fewstep.lab.checkpoint import Checkpoint, CheckpointError
 from fewstep.lab.config import TrainingConfig
 from fewstep.lab.ema import Ema, max_decay
+from fewstep.lab.fsdp import is_sharded, local, rows
 
 
 @dataclass
@@ -91,11 +92,12 @@ def _adam(groups: list[dict[str, Any]], options: TrainingConfig) -> torch.optim.
 def clip_(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
     """The norm of all gradients together, which are scaled down to `limit` if beyond it."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
+    norm = nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
+    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]  # a DTensor
 
 
 def checkpoint_of(state: State) -> Checkpoint:
-    """The state as it is saved."""
+    """The state as it is saved, the same on every process but for the rows of what is sharded."""
     skipped = {"total": int(state.skips.total), **{f"in_row/{k}": int(v) for k, v in state.skips.in_row.items()}}
     counts = {name: int(count) for name, count in state.meter.counts.items()}
     meta = {"scaler": state.scaler.state_dict(), "counts": counts, "skipped": skipped}
@@ -111,7 +113,7 @@ def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
     if state.ema is not None:
         for name, average in state.ema.average.items():
             yield from ((f"ema/{name}/{key}", value) for key, value in average.items())
-    yield from ((f"sum/{name}", value) for name, value in state.meter.sums.items())
+    yield from ((f"sum/{name}", distributed.mean(value.clone())) for name, value in state.meter.sums.items())
 
 
 def load_state(state: State, checkpoint: Checkpoint) -> None:
@@ -120,20 +122,19 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: they are those of other networks.
     """
-    tensors = checkpoint.tensors
     try:
         for name, network in state.networks.items():
-            network.load_state_dict(_under(tensors, f"network/{name}/"))
+            _load(network.state_dict(), checkpoint, f"network/{name}/")
         for name, optimizer in state.optimizers.items():
-            _load_optimizer(optimizer, _under(tensors, f"optimizer/{name}/"))
+            _load_optimizer(optimizer, checkpoint, f"optimizer/{name}/")
         if state.ema is not None:
             for name, average in state.ema.average.items():
-                for key, value in average.items():
-                    value.copy_(tensors[f"ema/{name}/{key}"])
+                _load(average, checkpoint, f"ema/{name}/")
     except (RuntimeError, KeyError, IndexError) as error:
         what = f"checkpoint of update {checkpoint.step}"
         raise CheckpointError(f"{what}: not of these networks ({_brief(error)})") from error
-    state.meter.sums = {name: value.to(state.meter.device) for name, value in _under(tensors, "sum/").items()}
+    device, tensors = state.meter.device, checkpoint.tensors
+    state.meter.sums = {name: tensors[f"sum/{name}"].to(device) for name in _names(checkpoint, "sum/")}
     state.meter.counts = checkpoint.meta["counts"]
     state.scaler.load_state_dict(checkpoint.meta["scaler"])
     for name, count in checkpoint.meta.get("skipped", {}).items():
@@ -141,20 +142,41 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
     state.step = checkpoint.step
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load(values: dict[str, Tensor], checkpoint: Checkpoint, prefix: str) -> None:
+    """Fill `values` from the tensors called `prefix` and their name, of which there must be no others."""
+    differ = set(_names(checkpoint, prefix)) ^ values.keys()
+    if differ:
+        raise KeyError(f"{prefix}{min(differ)}")
+    for key, value in values.items():
+        _fill(value, checkpoint, prefix + key)
+
+
+@torch.no_grad()
+def _fill(value: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Copy a saved tensor into `value`, or the rows of it that are on this process."""
+    if checkpoint.shape(name) != tuple(value.shape):
+        raise RuntimeError(f"{name}: {checkpoint.shape(name)} instead of {tuple(value.shape)}")
+    local(value).copy_(checkpoint.rows(name, rows(value)) if is_sharded(value) else checkpoint.tensors[name])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, prefix: str) -> None:
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     values: dict[int, dict[str, Tensor]] = {}
-    for key, saved in tensors.items():
+    for key in _names(checkpoint, prefix):
         index, name = key.split("/")
         weight = weights[int(index)]
-        # In the weight's own memory format (channels_last, say): fused updates walk memory, not indices.
-        value = torch.empty_like(weight).copy_(saved) if saved.shape == weight.shape else saved
+        if checkpoint.shape(prefix + key) == tuple(weight.shape):
+            # In the weight's own memory format (channels_last, say): fused updates walk memory, not indices.
+            value = torch.empty_like(weight)
+            _fill(value, checkpoint, prefix + key)
+        else:
+            value = checkpoint.tensors[prefix + key]
         values.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _names(checkpoint: Checkpoint, prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)]
 
 
 def _brief(error: Exception) -> str:

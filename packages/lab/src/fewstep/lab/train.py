@@ -17,12 +17,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fewstep.distill import Batch, Method, TargetMethod
+from fewstep.distill import Batch, InstantMomentMatching, Method, TargetMethod
 from fewstep.lab import distributed
-from fewstep.lab.checkpoint import load_latest, save_checkpoint
+from fewstep.lab.checkpoint import load_latest, save_checkpoint, save_index, save_part
 from fewstep.lab.config import ConfigError, TrainingConfig
 from fewstep.lab.context import Interrupted, unfenced
 from fewstep.lab.data import Order, Split
+from fewstep.lab.fsdp import Shards, is_sharded, keep_activations, local, recompute_activations
 from fewstep.lab.journal import Journal
 from fewstep.lab.state import State, checkpoint_of, clip_, fresh_state, load_state
 from fewstep.lab.stored import TargetStore
@@ -64,7 +65,7 @@ class Trainer:
     """Trains the networks of `method` on `split` for `updates`, from the last checkpoint in `out` if there is one.
 
     seed: of this stage; label: its name on the screen. stored: targets that were computed before. The
-    weights (and `state.ema`) are to be read after `run`.
+    weights are to be read after `run` and `finish`.
     """
 
     def __init__(
@@ -89,13 +90,18 @@ class Trainer:
         self.device, self.label, self.console, self.stopping = device, label, console or Console(), stopping
         self.fence, self.stored = fence, stored
         self._shown = {"bar": bar, "tensorboard": tensorboard}
-        _check_shares(options, label)
+        even = 2 if isinstance(method, InstantMomentMatching) else 1
+        self.parts = parts_of(options, distributed.world_size(), f"stages.{label}", even)
         self.split = split.to(device)
+        sharded = options.parallel == "fsdp" and distributed.world_size() > 1
+        self._shards = Shards(method, device) if sharded else None
         for network in method.networks.values():
             network.train()
+            if options.activation_checkpointing:
+                recompute_activations(network)
         self.order = Order(len(split), options.batch_size, seed)
         self.state = fresh_state(method, options, updates, device)
-        self._loss = _parallel(_Loss(method), device)
+        self._loss = _Loss(method) if sharded else _parallel(_Loss(method), device)
         # The update at which patience ended, or -1: a tensor, so that looking at it can wait.
         self._broken = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -116,12 +122,22 @@ class Trainer:
                 last = state.step == self.updates
                 if last or state.step % self.options.log_every == 0:
                     self._log(journal)
-                stop = self._asked_to_stop()
-                if last or stop or self._due():
+                stop, late = self._agree(self.stopping, self._late)
+                every = self.options.checkpoint_updates
+                if last or stop or late or (every and state.step % every == 0):
                     self._save()
                 if stop:
                     raise Interrupted(f"{self.label}: saved after update {state.step} of {self.updates}")
         return state
+
+    def finish(self) -> None:
+        """Leave `method.networks` whole, with the weights to keep: the averages if there are any."""
+        if self.state.ema is not None:
+            self.state.ema.copy_to_networks()
+        if self._shards is not None:
+            self._shards.gather()
+        for network in self.method.networks.values():
+            keep_activations(network)
 
     def update(self) -> None:
         """One optimiser update on the next batch."""
@@ -169,8 +185,8 @@ class Trainer:
         return [found[i * size : (i + 1) * size] for i in range(len(parts))]
 
     def _backward(self, batch: Batch, n: int) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the batch, in `accumulate` parts; returns the means of what is logged."""
-        parts = batch.chunk(self.options.accumulate)
+        """Gradients of the mean loss over the batch, in `parts` parts; returns the means of what is logged."""
+        parts = batch.chunk(self.parts)
         targets = self._targets(n, parts)
         total: dict[str, Tensor] = {}
         for i, (part, target) in enumerate(zip(parts, targets, strict=True)):
@@ -207,12 +223,15 @@ class Trainer:
                 "try a lower lr or precision=fp32"
             )
 
-    def _asked_to_stop(self) -> bool:
-        if distributed.world_size() == 1:
-            return self.stopping()
-        if self.state.step % AGREE_EVERY:
-            return False
-        return distributed.any_process(self.stopping(), self.device)
+    def _agree(self, *questions: Callable[[], bool]) -> list[bool]:
+        """Whether any process says yes to each; where there are several, they are asked every `AGREE_EVERY` updates."""
+        if distributed.world_size() > 1 and self.state.step % AGREE_EVERY:
+            return [False] * len(questions)
+        return distributed.any_process([ask() for ask in questions], self.device)
+
+    def _late(self) -> bool:
+        seconds = self.options.checkpoint_seconds
+        return bool(seconds) and time.monotonic() - self._saved >= seconds
 
     def _journal(self) -> Journal:
         silent = not distributed.is_main()
@@ -233,18 +252,23 @@ class Trainer:
             self.fence()
         journal.write(self.state.step, {**self.state.meter.means(), "lr": rate, **counted}, speed)
 
-    def _due(self) -> bool:
-        options = self.options
-        by_updates = options.checkpoint_updates and self.state.step % options.checkpoint_updates == 0
-        by_time = options.checkpoint_seconds and time.monotonic() - self._saved >= options.checkpoint_seconds
-        return bool(by_updates or by_time)
-
     def _save(self) -> None:
         self._check_finite()
         self._saved = time.monotonic()
-        if distributed.is_main():
-            self.fence()
-            save_checkpoint(self.out / "checkpoints", checkpoint_of(self.state))
+        folder, found = self.out / "checkpoints", checkpoint_of(self.state)
+        main, rank, world = distributed.is_main(), distributed.rank(), distributed.world_size()
+        split = [name for name, tensor in found.tensors.items() if is_sharded(tensor)]
+        with distributed.together(self.device):
+            if main:
+                self.fence()
+            if split:
+                mine = found.tensors if main else split
+                save_part(folder, found.step, {name: local(found.tensors[name]) for name in mine}, rank, world)
+        with distributed.together(self.device):
+            if main and split:
+                save_index(folder, found, split, world)
+            elif main:
+                save_checkpoint(folder, found)
 
     def _restore(self) -> None:
         distributed.barrier()  # nobody reads while the first process may still write from a call before
@@ -256,11 +280,25 @@ class Trainer:
                 self.console.print(text, highlight=False)
 
 
-def _check_shares(options: TrainingConfig, label: str) -> None:
-    parts = distributed.world_size() * options.accumulate
-    if options.batch_size % parts:
-        many = f"{distributed.world_size()} processes x accumulate={options.accumulate}"
-        raise ConfigError(f"stages.{label}.batch_size={options.batch_size}: must be a multiple of {parts} ({many})")
+def parts_of(options: TrainingConfig, world: int, key: str = "", even: int = 1) -> int:
+    """In how many equal parts each of `world` processes computes its share of a batch, one after the other.
+
+    `accumulate`, or as many more as `micro_batch` asks for: so an update's batch stays what it is on fewer GPUs.
+    even: what the size of a part must be a multiple of.
+
+    Raises:
+        ConfigError: the batch cannot be shared like that; names `key`, the stage.
+    """
+    whole, limit = options.batch_size, options.micro_batch or options.batch_size
+    if whole % (world * options.accumulate):
+        many = f"{world} processes x accumulate={options.accumulate}"
+        right = f"a multiple of {world * options.accumulate} ({many})"
+        raise ConfigError(f"{key}.batch_size={whole}: must be {right}")
+    share = whole // world
+    for size in range(min(limit, share // options.accumulate), 0, -1):
+        if share % size == 0 and size % even == 0:
+            return share // size
+    raise ConfigError(f"{key}.batch_size={whole}: the share of each of {world} processes, {share}, must be even")
 
 
 def _spoilt_if_broken(loss: Tensor) -> Tensor:

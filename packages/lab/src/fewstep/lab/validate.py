@@ -127,6 +127,12 @@ def _check_training(key: str, stage: TrainingConfig) -> None:
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
     one_of(f"{key}.anneal", stage.anneal, ("none", "linear", "cosine"))
     one_of(f"{key}.precision", stage.precision, ("fp32", "bf16", "fp16"))
+    one_of(f"{key}.parallel", stage.parallel, ("ddp", "fsdp"))
+    sharded = stage.parallel == "fsdp"
+    require(not (sharded and stage.precision == "fp16"), f"{key}.precision", "fp16", "fp32 or bf16 with parallel=fsdp")
+    require(not (sharded and stage.compile), f"{key}.compile", "true", "false with parallel=fsdp")
+    most = stage.micro_batch
+    require(most is None or most >= 1, f"{key}.micro_batch", most, "1 or more, or null")
     divides = stage.batch_size % stage.accumulate == 0
     require(divides, f"{key}.accumulate", stage.accumulate, f"a divisor of batch_size={stage.batch_size}")
     betas_fit = len(stage.betas) == 2 and all(0 <= beta < 1 for beta in stage.betas)

@@ -55,6 +55,10 @@ def _check_instant(key: str, stage: MomentsConfig) -> None:
     part = stage.batch_size // stage.accumulate
     right = f"even in each of accumulate={stage.accumulate} parts: the instant form needs two halves"
     require(part % 2 == 0, f"{key}.batch_size", stage.batch_size, right)
+    right = "ddp: the instant form's gradient by the teacher's parameters needs them whole (FSDP2 shards them)"
+    require(stage.parallel == "ddp", f"{key}.parallel", stage.parallel, right)
+    right = "2 or more, or null: the instant form needs two halves"
+    require(stage.micro_batch is None or stage.micro_batch >= 2, f"{key}.micro_batch", stage.micro_batch, right)
     require(stage.preconditioner_batches >= 0, f"{key}.preconditioner_batches", stage.preconditioner_batches, ">= 0")
     require(not stage.compile, f"{key}.compile", "true", "false: the instant form differentiates forwards, uncompiled")
     clip = stage.clip

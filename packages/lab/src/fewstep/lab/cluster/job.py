@@ -26,6 +26,7 @@ from fewstep.lab.cluster.attempt import Attempt, Superseded
 from fewstep.lab.cluster.ledger import Submission, read_config
 from fewstep.lab.cluster.rendezvous import meet
 from fewstep.lab.config import Config
+from fewstep.lab.distributed import OtherProcessError
 from fewstep.lab.runner import run_experiment, run_stage
 from fewstep.lab.signals import StopFlag, stop_on_signals
 
@@ -105,7 +106,8 @@ def _file(submission: Submission, suffix: str) -> Path:
 
 def _write_error(submission: Submission, error: Exception) -> None:
     """One line; not what merely follows from another process's death, which the batch script answers by a restart."""
-    if _PEER.search(str(error)) and int(os.environ["WORLD_SIZE"]) > 1:
+    followed = isinstance(error, OtherProcessError) or _PEER.search(str(error))
+    if followed and int(os.environ["WORLD_SIZE"]) > 1:
         return
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     try:

@@ -42,7 +42,7 @@ def fit(
     if ctx.instead is not None:
         return ctx.instead(method, seed)
     split = load_data(ctx.config.data).train
-    state = Trainer(
+    trainer = Trainer(
         method,
         split,
         ctx.stage,
@@ -57,9 +57,9 @@ def fit(
         stored=_stored(ctx, method, Order(len(split), ctx.stage.batch_size, seed)),
         bar=ctx.config.progress,
         tensorboard=ctx.config.tensorboard,
-    ).run()
-    if state.ema is not None:
-        state.ema.copy_to_networks()
+    )
+    trainer.run()
+    trainer.finish()
 
 
 def _stored(ctx: StageContext, method: Method, order: Order) -> TargetStore | None:
