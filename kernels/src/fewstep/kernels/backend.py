@@ -200,19 +200,23 @@ def tuned(operation: str, *args: Any) -> Mapping[str, Any]:
     """
     if operation not in _table or operation not in _sizes or not _on_gpu(args):
         return {}
+    entries = _table[operation].get(arch(_first_tensor(args).device.index or 0), {})
+    return entries.get(filed(operation, *args), {})
+
+
+def filed(operation: str, *args: Any) -> str:
+    """Return what the tuning table files a call of a declared operation under."""
     first = _first_tensor(args)
-    filed = _filed if torch.compiler.is_compiling() else _filed_before
-    name = filed(first.dtype, layout(first), _sizes[operation](*args))
-    return _table[operation].get(arch(first.device.index or 0), {}).get(name, {})
+    name = _name if torch.compiler.is_compiling() else _name_before
+    return name(first.dtype, layout(first), _sizes[operation](*args))
 
 
-def _filed(dtype: torch.dtype, kind: str, sizes: tuple[int | str, ...]) -> str:
-    """Return what the tuning table files a call under."""
+def _name(dtype: torch.dtype, kind: str, sizes: tuple[int | str, ...]) -> str:
     rounded = "x".join(size if isinstance(size, str) else str(_rounded(size)) for size in sizes)
     return f"{str(dtype).removeprefix('torch.')} {kind} {rounded}"
 
 
-_filed_before = functools.lru_cache(maxsize=4096)(_filed)          # writing the name takes as long as all of the rest
+_name_before = functools.lru_cache(maxsize=4096)(_name)            # writing a name takes as long as all of the rest
 
 
 def layout(x: Tensor) -> str:

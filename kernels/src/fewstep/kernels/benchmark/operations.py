@@ -12,7 +12,7 @@ import torch
 
 from fewstep.kernels import available_backends, backend, use_backend
 from fewstep.kernels.benchmark import attention, ceilings, group_norm_silu, guided_update, layer_norm_modulate
-from fewstep.kernels.benchmark.case import FORWARD, Case, Function, Inputs, directions_like, gradients
+from fewstep.kernels.benchmark.case import BACKWARD, FORWARD, Case, Function, Inputs, directions_like, gradients
 from fewstep.kernels.benchmark.error import compare
 from fewstep.kernels.benchmark.task import CHECK, FIRST, TIME, Settings, Task
 from fewstep.kernels.benchmark.timing import Calls, Timing, measure
@@ -121,9 +121,9 @@ def _check(case: Case, name: str, settings: Settings) -> Iterator[dict[str, Any]
 
 
 def _pick(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Which backend "auto" takes, why, and what it costs to decide."""
-    inputs, calls = case.inputs(device, 0), []
-    explain = backend.explain
+    """Which backend "auto" takes, why, what it costs to decide, and where the tuning table would say so."""
+    calls: list[tuple[Any, ...]] = []
+    explain, inputs = backend.explain, case.inputs(device, 0)
 
     def listening(operation: str, *args: Any) -> backend.Choice:
         calls.append((operation, *args))
@@ -134,10 +134,16 @@ def _pick(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
         case.ours(*inputs)
     finally:
         backend.explain = explain
-    choice = explain(*calls[-1])
-    microseconds = timeit.timeit(lambda: explain(*calls[-1]), number=200) / 200 * 1e6
+    call = calls[-1]
+    choice = explain(*call)
+    microseconds = timeit.timeit(lambda: explain(*call), number=200) / 200 * 1e6
+    with torch.no_grad():
+        names = {FORWARD: backend.filed(*call)} if call[0] in backend._sizes else {}
+    if names and BACKWARD in case.costs:
+        names[BACKWARD] = backend.filed(*call)
     yield _identity(case, AUTO) | {
         "pass": FORWARD, "picked": choice.backend, "why": choice.why, "dispatch_us": microseconds,
+        "operation": call[0], "filed": names, "arch": backend.arch(device.index or 0),
     }  # fmt: skip
 
 

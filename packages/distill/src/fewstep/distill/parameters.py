@@ -57,8 +57,9 @@ def directional(
         RuntimeError: an operation of the network drops tangents.
     """
     with torch.no_grad(), forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(value, direction[name]) for name, value in parameters.items()}
-        found, derivative = forward_ad.unpack_dual(functional_call(denoiser, duals, (z, t, cond)))
+        dual, parts = forward_ad.make_dual, forward_ad.unpack_dual
+        duals = {name: dual(value, direction[name]) for name, value in parameters.items()}  # type: ignore[no-untyped-call]
+        found, derivative = parts(functional_call(denoiser, duals, (z, t, cond)))  # type: ignore[no-untyped-call]
     if derivative is None:
         raise RuntimeError(f"{type(denoiser).__name__} has no derivative in forward mode: an operation drops tangents")
     return found, derivative
