@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fewstep.lab import editing, targets
+from fewstep.lab import editing, export, targets
 from fewstep.lab.cluster.commands import add_commands
 from fewstep.lab.profile.commands import add_commands as add_profile
 
@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     targets_parser.set_defaults(command=targets.command)
     _sample_parser(commands.add_parser("sample", help="sample from a saved model"))
     editing.add_commands(commands)
+    exporting = commands.add_parser("export", help="write a saved model as a folder of diffusers")
+    export.add_arguments(exporting)
+    exporting.set_defaults(command=export.command)
     return parser
 
 
