@@ -289,7 +289,7 @@ def test_unconditional_network(kind: str) -> None:
     """A class given to a network that cannot see it would be ignored."""
     model = denoiser(kind, num_classes=None)
     z, t, y = batch()
-    assert torch.equal(model(z, t), model(z, t, {"text": y}))
+    assert torch.equal(model(z, t), model(z, t, {"mask": y}))
     with pytest.raises(ValueError, match="unconditional"):
         model(z, t, y)
 

@@ -9,16 +9,21 @@ from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.models.network import Network, build_network, init_from
 from fewstep.models.presets import PRESETS
 from fewstep.models.storage import load, save
+from fewstep.models.text_encoder import TextEncoder
+from fewstep.models.tokenizer import BPETokenizer, ByteTokenizer
 from fewstep.models.unet import UNet
 
 __all__ = [
     "PRESETS",
+    "BPETokenizer",
+    "ByteTokenizer",
     "DiT",
     "DiffusersNetwork",
     "GuidanceEmbedding",
     "GuidedDenoiser",
     "Network",
     "NetworkDenoiser",
+    "TextEncoder",
     "UNet",
     "build_network",
     "from_diffusers",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from typing import Any, cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.models.network import Network
+from fewstep.models.text_encoder import TextEncoder
 from fewstep.schedules import (
     Cond,
     Denoiser,
@@ -48,6 +49,8 @@ class NetworkDenoiser(nn.Module):
         prediction: what the network puts out: "x", "eps", "v" or "flow".
         time_input: "angle" or "index".
         trained: what it was trained for; saved with it.
+        text_encoder: what makes its text of prompts. Frozen, it goes wherever the denoiser goes (devices, copies,
+            files), but its weights are none of the denoiser's parameters.
 
     Raises:
         ValueError: prediction or time_input is unknown, or "index" asked of a schedule without indices.
@@ -61,6 +64,7 @@ class NetworkDenoiser(nn.Module):
         *,
         time_input: str = "angle",
         trained: Trained | None = None,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Prediction):
@@ -71,6 +75,30 @@ class NetworkDenoiser(nn.Module):
             raise ValueError(f"time_input 'index' needs a Discrete schedule, not {type(schedule).__name__}")
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.time_input, self.trained = time_input, trained
+        self.use_text_encoder(text_encoder)
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """What makes its text of prompts, in eval mode; see the class."""
+        return self._text_encoder[0]
+
+    def use_text_encoder(self, encoder: TextEncoder | None) -> Self:
+        """Take this encoder, frozen, from now on; returns itself."""
+        # in a tuple: it must not become a part of the module
+        self._text_encoder = (None if encoder is None else encoder.eval().requires_grad_(False),)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to(device), .double() and their like call."""
+        if self.text_encoder is not None:
+            self.text_encoder._apply(fn)  # type: ignore[no-untyped-call]  # torch has no types here
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether "text" of cond, embeddings of a prompt, is an input."""
+        return bool(getattr(_unwrapped(self.network), "takes_text", False))
 
     @property
     def takes_guidance(self) -> bool:
@@ -95,9 +123,19 @@ class NetworkDenoiser(nn.Module):
             return own
         classes = getattr(network, "num_classes", None)
         if classes is None:
-            return None
+            return self._null_text()
         null = torch.tensor(classes, device=next(self.network.parameters()).device)
-        return {"y": null} if self.takes_mask else null
+        text = self._null_text() or {}
+        return {"y": null, **text} if self.takes_mask or text else null
+
+    def _null_text(self) -> dict[str, Tensor] | None:
+        """The empty prompt, without the dimension of the batch; None for a network without text."""
+        if not self.takes_text:
+            return None
+        if self.text_encoder is None:
+            text = "this network takes text and has no text_encoder: give null_cond, what your encoder makes of ''"
+            raise ValueError(f"{text}, as {{'text': (L, D), 'text_mask': (L,)}}")
+        return self.text_encoder.null_cond
 
     def network_time(self, t: Tensor) -> Tensor:
         """The network's time input, float32 or wider. Shape: t (B,) in [0, 1] -> (B,)."""
@@ -158,6 +196,12 @@ class GuidedDenoiser(nn.Module):
     def takes_mask(self) -> bool:
         """Whether the denoiser inside is for inpainting."""
         return bool(getattr(self.denoiser, "takes_mask", False))
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """What makes text of prompts for the denoiser inside."""
+        encoder: TextEncoder | None = getattr(self.denoiser, "text_encoder", None)
+        return encoder
 
     @property
     def trained(self) -> Trained | None:

@@ -115,13 +115,15 @@ class GuidanceEmbedding(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Time, class and guidance weight as one embedding, SiLU applied: every block needs only a linear layer of it.
+    """Time, class, text and guidance weight as one embedding, SiLU applied: blocks need only a linear layer of it.
 
     Class embeddings are added to the time embedding; row num_classes is the null class (papers.md C.1). They start with
     variance 1 / num_classes, as a dense layer on one-hot labels would.
     """
 
-    def __init__(self, time_features: int, emb_channels: int, num_classes: int | None) -> None:
+    def __init__(
+        self, time_features: int, emb_channels: int, num_classes: int | None, text_width: int | None = None
+    ) -> None:
         super().__init__()
         self.time_features, self.emb_channels, self.num_classes = time_features, emb_channels, num_classes
         self.time_in = nn.Linear(time_features, emb_channels)
@@ -131,15 +133,19 @@ class Conditioning(nn.Module):
         if num_classes is not None:
             self.classes = nn.Embedding(num_classes + 1, emb_channels)
             nn.init.normal_(self.classes.weight, std=num_classes**-0.5)
+        self.text = None if text_width is None else zeroed(nn.Linear(text_width, emb_channels))
 
     def add_guidance(self, form: str, w_range: tuple[float, float]) -> None:
         """Take w from now on, with the dtype and device of the other parameters."""
         embedding = GuidanceEmbedding(form, self.time_features, self.emb_channels, w_range)
         self.guidance = embedding.to(self.time_in.weight)
 
-    def forward(self, time: Tensor, cond: object = None, w: Tensor | float | None = None) -> Tensor:
-        """silu(time MLP + class + guidance). Shape: time (B,) in [0, 1000] -> (B, emb_channels).
+    def forward(
+        self, time: Tensor, cond: object = None, w: Tensor | float | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """silu(time MLP + class + text + guidance). Shape: time (B,) in [0, 1000], text (B, D) -> (B, emb_channels).
 
+        text: the mean of a prompt's embeddings; its part starts at zero.
         w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
 
         Raises:
@@ -153,6 +159,8 @@ class Conditioning(nn.Module):
         emb = self.time_out(F.silu(self.time_in(features)))
         if self.classes is not None:
             emb = emb + self.classes(labels)
+        if self.text is not None and text is not None:
+            emb = emb + self.text(text.to(emb.dtype))
         if self.guidance is not None and self.guidance.form == "normalized":
             emb = self.guidance(emb, weight)
         return F.silu(emb)

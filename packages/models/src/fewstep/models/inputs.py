@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Text(NamedTuple):
+    """Embeddings (B, L, D) of a prompt's tokens, and how many of them count (B,); None: all of them."""
+
+    tokens: Tensor
+    lengths: Tensor | None
+
+    def mean(self) -> Tensor:
+        """The mean of the tokens that count. Shape: (B, D)."""
+        if self.lengths is None:
+            return self.tokens.mean(1)
+        counts = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        return (self.tokens * counts[..., None]).sum(1) / self.lengths[:, None].to(self.tokens.dtype)
 
 
 def guidance_weight(w: Tensor | float | None, time: Tensor, accepted: bool) -> Tensor | None:
@@ -58,6 +73,42 @@ def class_labels(cond: object, time: Tensor, num_classes: int | None) -> Tensor 
                 f"class index {wrong} is out of range: classes are 0 to {num_classes - 1}, null {num_classes}"
             )
     return labels
+
+
+def refuse_text(cond: object) -> None:
+    """Raise ValueError if cond holds a prompt, which this network would not see."""
+    if isinstance(cond, Mapping) and "text" in cond:
+        raise ValueError("this network takes no text (text_width=None), so cond must not have the key 'text'")
+
+
+def text_input(cond: object, time: Tensor, width: int) -> Text:
+    """The embeddings under the key "text" of cond, with the lengths of "text_mask".
+
+    Raises:
+        ValueError: text missing or misshaped, or (where looking does not make a GPU wait) a mask that is not, in each
+            row, ones and then zeros.
+    """
+    text = cond.get("text") if isinstance(cond, Mapping) else None
+    if not isinstance(text, Tensor) or text.ndim != 3 or text.shape[0] != len(time) or text.shape[2] != width:
+        found = _short(cond if text is None else text)
+        raise ValueError(
+            f"this network takes text: cond must be a dict with key 'text' of shape ({len(time)}, tokens, {width}), "
+            f"as TextEncoder.encode gives it, got {found}"
+        )
+    assert isinstance(cond, Mapping)  # text came from it
+    return Text(text, _lengths(cond.get("text_mask"), text))
+
+
+def _lengths(mask: object, text: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.shape != text.shape[:2]:
+        raise ValueError(f"text_mask must have shape {tuple(text.shape[:2])}, as its text has, got {_short(mask)}")
+    mask = mask.bool()
+    looked_at = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and (not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any())):
+        raise ValueError("text_mask must be, in each row, at least one 1 and then zeros: pad prompts on the right")
+    return mask.sum(1)
 
 
 def _per_sample(value: Tensor, time: Tensor, name: str) -> Tensor:

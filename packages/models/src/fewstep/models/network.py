@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.embedding import Conditioning
+from fewstep.models.inputs import Text, refuse_text, text_input
 from fewstep.models.presets import PRESETS
 
 
@@ -63,6 +64,11 @@ class Network(nn.Module):
         return "normalized"
 
     @property
+    def takes_text(self) -> bool:
+        """Whether "text" of cond, embeddings of a prompt, is an input."""
+        return self.config.get("text_width") is not None
+
+    @property
     def takes_guidance(self) -> bool:
         """Whether w is an input."""
         return self.conditioning.guidance is not None
@@ -100,6 +106,14 @@ class Network(nn.Module):
                 raise ValueError(f"this network is for inpainting: cond[{key!r}] must have shape {shape}, got {found}")
             parts.append(value.to(z.dtype))
         return torch.cat(parts, dim=1)
+
+    def _embedding(self, time: Tensor, cond: object, w: Tensor | float | None) -> tuple[Tensor, Text | None]:
+        """What every block is conditioned on, and the text that those with cross-attention look at."""
+        text = text_input(cond, time, self.config["text_width"]) if self.takes_text else None
+        emb = self.conditioning(time, cond, w, None if text is None else text.mean())
+        if not self.takes_text:
+            refuse_text(cond)
+        return emb, text
 
     def _check(self, z: Tensor, time: Tensor) -> None:
         if z.shape[1:] != self.input_shape:

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.network import Network, build_network
+from fewstep.models.text_encoder import TextEncoder
 from fewstep.schedules import Trained, schedule_from_config
 
 FORMAT = "fewstep-denoiser"
 VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TEXT_ENCODER = "text_encoder"
 KEYS = ("network", "schedule", "prediction", "time_input", "trained", "sha256")
 
 
 def save(denoiser: NetworkDenoiser, path: str | os.PathLike[str]) -> None:
-    """Write the folder `path`: weights, and every setting that `load` needs (the guidance form among them).
+    """Write the folder `path`: weights, every setting that `load` needs (the guidance form among them), text encoder.
 
     Written beside `path` and then renamed, so `path` is either the whole new model, the whole old one, or (for the
     moment between two renames) absent; never a mixture.
@@ -45,6 +47,8 @@ def save(denoiser: NetworkDenoiser, path: str | os.PathLike[str]) -> None:
     with new_folder(path) as new:
         _write(new / WEIGHTS, weights)
         _write(new / CONFIG, config.encode())
+        if denoiser.text_encoder is not None:
+            denoiser.text_encoder.save(new / TEXT_ENCODER)
 
 
 @contextmanager
@@ -94,7 +98,17 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ne
         raise ValueError(f"{path / CONFIG} does not describe a denoiser: {error}") from None
     _check_tensors(path, network, tensors)
     network.load_state_dict(tensors, assign=True)
+    denoiser.use_text_encoder(_read_text_encoder(path, config.get(TEXT_ENCODER)))
     return denoiser.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def _read_text_encoder(path: Path, digest: str | None) -> TextEncoder | None:
+    if digest is None:
+        return None
+    encoder = TextEncoder.load(path / TEXT_ENCODER)
+    if encoder.digest != digest:
+        raise ValueError(f"{path / TEXT_ENCODER} is not the text encoder that {CONFIG} describes (SHA-256 differs)")
+    return encoder
 
 
 def _settings(denoiser: NetworkDenoiser, weights: bytes) -> dict[str, Any]:
@@ -108,6 +122,7 @@ def _settings(denoiser: NetworkDenoiser, weights: bytes) -> dict[str, Any]:
         "time_input": denoiser.time_input,
         "trained": None if trained is None else dataclasses.asdict(trained),
         "sha256": hashlib.sha256(weights).hexdigest(),
+        TEXT_ENCODER: None if denoiser.text_encoder is None else denoiser.text_encoder.digest,
     }
 
 

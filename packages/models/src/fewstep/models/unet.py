@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.kernels import attention_qkv, group_norm_silu
+from fewstep.models.cross_attention import CrossAttention
 from fewstep.models.embedding import Conditioning, zeroed
+from fewstep.models.inputs import Text
 from fewstep.models.network import Network, input_channels
 
 
@@ -22,6 +24,10 @@ class GroupNorm(nn.GroupNorm):
         """With SiLU. Shape: x (B, C, H, W), film (B, 2 C) = [scale | shift] -> (B, C, H, W)."""
         scale, shift = (None, None) if film is None else film.chunk(2, dim=1)
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Without SiLU. Shape: (B, C, H, W) -> (B, C, H, W)."""
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, act=None)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised sum, without SiLU, and the sum. Shape: both (B, C, H, W), as each of the results."""
@@ -77,6 +83,21 @@ class ResBlock(nn.Module):
         return h, x
 
 
+class TextAttention(nn.Module):
+    """Norm, cross-attention to a prompt with zeroed projection, plus what came in."""
+
+    def __init__(self, channels: int, heads: int, groups: Groups, text_width: int) -> None:
+        super().__init__()
+        self.norm = groups.norm(channels)
+        self.cross = CrossAttention(channels, heads, text_width)
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """Shape: x (B, C, H, W) -> (B, C, H, W)."""
+        added = self.cross(_tokens(self.norm.alone(x)), text)
+        out: Tensor = x + added.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return out
+
+
 class SelfAttention(nn.Module):
     """The sum of a residual block's halves, then norm, self-attention over pixels, zeroed projection, plus that sum."""
 
@@ -95,20 +116,20 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block, followed by attention where the level has it."""
+    """A residual block, followed by attention where the level has it, also to text if there is text."""
 
-    def __init__(self, res: ResBlock, attention: SelfAttention | None) -> None:
+    def __init__(self, res: ResBlock, attention: SelfAttention | None, text: TextAttention | None = None) -> None:
         super().__init__()
-        self.res, self.attention = res, attention
+        self.res, self.attention, self.text = res, attention, text
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, text: Text | None = None) -> Tensor:
         """Shape: x (B, C, H, W), emb (B, E) -> (B, C', H', W')."""
         h, skip = self.res(x, emb)
         if self.attention is None:  # no gradient needs the convolution's output, and a large one is costly to allocate
             out: Tensor = h.add_(skip)
         else:
             out = self.attention(h, skip)
-        return out
+        return out if self.text is None or text is None else self.text(out, text)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -137,6 +158,8 @@ class UNet(Network):
         groups: most groups of a normalisation.
         group_channels: fewest channels of a group.
         num_classes: K, with index K the null class; None for unconditional.
+        text_width: D if embeddings of a prompt (B, L, D) are an input, under the key "text" of cond (with "text_mask",
+            (B, L), where they are padded): wherever there is attention there is then cross-attention to them.
         patch: pixels per side that the first convolution sees as one position with patch^2 times the channels (space to
             depth, as in simple diffusion, arXiv 2301.11093): resolutions are then those of image_size / patch.
         inpainting: mask (B, 1, H, W), 1 where z is to be painted, and masked image (B, C, H, W) are inputs beside z,
@@ -164,6 +187,7 @@ class UNet(Network):
         groups: int = 32,
         group_channels: int = 4,
         num_classes: int | None = None,
+        text_width: int | None = None,
         patch: int = 1,
         inpainting: bool = False,
         guidance: Mapping[str, Any] | None = None,
@@ -175,7 +199,7 @@ class UNet(Network):
                 "channels": channels, "channel_mult": list(channel_mult), "blocks": blocks,
                 "attention": list(attention), "heads": heads, "head_dim": head_dim, "emb_channels": emb_channels,
                 "dropout": dropout, "groups": groups, "group_channels": group_channels, "num_classes": num_classes,
-                "patch": patch, "inpainting": inpainting,
+                "text_width": text_width, "patch": patch, "inpainting": inpainting,
             }
         )  # fmt: skip
         if patch < 1 or image_size % patch:
@@ -183,7 +207,7 @@ class UNet(Network):
         sizes = _level_sizes(image_size // patch, len(channel_mult), attention)
         widths = [channels * mult for mult in channel_mult]
         self._groups = Groups(groups, group_channels)
-        self.conditioning = Conditioning(channels, emb_channels, num_classes)
+        self.conditioning = Conditioning(channels, emb_channels, num_classes, text_width)
         self.conv_in = nn.Conv2d(input_channels(in_channels, inpainting) * patch**2, channels, 3, padding=1)
         self.encoder, skips = self._encoder(sizes, widths)
         self.middle = self._middle(sizes[-1], widths[-1])
@@ -196,7 +220,11 @@ class UNet(Network):
     def _block(self, channels: int, out_channels: int, attention: bool, resample: str = "") -> Block:
         c = self.config
         res = ResBlock(channels, out_channels, c["emb_channels"], self._groups, c["dropout"], resample)
-        return Block(res, self._attention(out_channels) if attention else None)
+        if not attention:
+            return Block(res, None)
+        own, width = self._attention(out_channels), c["text_width"]
+        text = None if width is None else TextAttention(out_channels, own.heads, self._groups, width)
+        return Block(res, own, text)
 
     def _attention(self, channels: int) -> SelfAttention:
         head_dim = self.config["head_dim"]
@@ -234,24 +262,24 @@ class UNet(Network):
     def forward(self, z: Tensor, time: Tensor, cond: object = None, w: Tensor | float | None = None) -> Tensor:
         """The network's prediction for noisy images. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
 
-        Shape: z (B, C, H, W), time (B,) in [0, 1000], cond labels (B,) or {"y": labels}, w (B,) -> (B, C', H, W).
+        Shape: z (B, C, H, W), time (B,) in [0, 1000], cond labels (B,) or {"y": labels, "text": ...}, w (B,) -> as z.
 
         Raises:
             ValueError: an input is missing, superfluous or misshaped, or a label is out of range.
         """
         self._check(z, time)
-        emb = self.conditioning(time, cond, w)
+        emb, text = self._embedding(time, cond, w)
         patch, z = self.config["patch"], self._input(z, cond)
         z = F.pixel_unshuffle(z, patch) if patch > 1 else z
         h = self.conv_in(z.to(dtype=self.conv_in.weight.dtype, memory_format=torch.channels_last))
         skips = [h]
         for block in self.encoder.values():
-            h = block(h, emb)
+            h = block(h, emb, text)
             skips.append(h)
         for block in self.middle.values():
-            h = block(h, emb)
+            h = block(h, emb, text)
         for name, block in self.decoder.items():
-            h = block(h if name.endswith("_up") else torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(h if name.endswith("_up") else torch.cat([h, skips.pop()], dim=1), emb, text)
         output: Tensor = self.conv_out(self.norm_out(h))
         return (F.pixel_shuffle(output, patch) if patch > 1 else output).contiguous()
 

@@ -1,0 +1,183 @@
+"""Prompts as the condition of a network: a small transformer over their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep.kernels import attention_qkv
+from fewstep.models.tokenizer import END, PADDING, Tokenizer, tokenizer_from_config
+
+FORMAT, VERSION = "fewstep-text-encoder", 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and MLP, each after a normalisation."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Shape: x (B, L, D), lengths (B,) -> (B, L, D)."""
+        x = x + self.project(attention_qkv(self.qkv(self.norm1(x)), self.heads, key_lengths=lengths))
+        added: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh"))
+        return x + added
+
+
+class TextEncoder(nn.Module):
+    """A transformer whose output is the condition {"text": (B, L, D), "text_mask": (B, L)} of a UNet or DiT.
+
+    Every prompt ends in an end token, so the empty prompt, which stands for no condition, is that token alone. What
+    lies behind it is masked, and zero.
+
+    Args:
+        tokenizer: `ByteTokenizer()`, `BPETokenizer.train(...)`, or another with their methods.
+        width: channels D of an embedding: the network's `text_width`.
+        depth: number of blocks.
+        heads: attention heads, a divisor of width.
+        length: L, most tokens of a prompt with its end.
+
+    Raises:
+        ValueError: heads do not divide width, or length is less than 2.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, width: int = 64, depth: int = 2, heads: int = 4, length: int = 32) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"width={width} must be a multiple of heads={heads}")
+        if length < 2:
+            raise ValueError(f"length={length}: must be at least 2, a token and the end")
+        self.tokenizer, self.width, self.length = tokenizer, width, length
+        self.config = {"width": width, "depth": depth, "heads": heads, "length": length}
+        self.tokens = nn.Embedding(tokenizer.size, width)
+        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(depth))
+        self.norm_out = nn.LayerNorm(width)
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{"tokens": (B, L) int64, "text_mask": (B, L) bool}, on the CPU: what `forward` takes.
+
+        A prompt that is too long is cut, and a warning says what was lost.
+        """
+        tokens = torch.full((len(prompts), self.length), PADDING)
+        lengths = torch.empty(len(prompts), dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            numbers = self.tokenizer.encode(prompt)
+            kept = numbers[: self.length - 1]
+            if len(numbers) > len(kept):
+                self._warn(prompt, numbers, len(kept))
+            tokens[i, : len(kept) + 1] = torch.tensor([*kept, END])
+            lengths[i] = len(kept) + 1
+        return {"tokens": tokens, "text_mask": torch.arange(self.length) < lengths[:, None]}
+
+    def _warn(self, prompt: str, numbers: list[int], kept: int) -> None:
+        lost = self.tokenizer.decode(numbers[kept:])
+        text = (
+            f"prompt {prompt!r} has {len(numbers)} tokens, more than the {kept} that this encoder reads: "
+            f"{lost!r} was cut off"
+        )
+        warnings.warn(text, stacklevel=4)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings of tokens; zero where the mask is. Shape: tokens (B, L) integers, mask (B, L) -> (B, L, D)."""
+        lengths = mask.sum(1)
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, lengths)
+        text: Tensor = self.norm_out(x) * mask[..., None]
+        return text
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts as a condition, on the encoder's device; a warning names what of a long prompt was cut.
+
+        Shape: B prompts -> {"text": (B, L, D), "text_mask": (B, L) bool}.
+
+        Raises:
+            ValueError: no list of texts.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
+        found = {name: tensor.to(self.positions.device) for name, tensor in self.tokenize(prompts).items()}
+        return {"text": self(found["tokens"], found["text_mask"]), "text_mask": found["text_mask"]}
+
+    @property
+    def null_cond(self) -> dict[str, Tensor]:
+        """The empty prompt: {"text": (L, D), "text_mask": (L,)}, without gradient."""
+        with torch.no_grad():
+            return {name: tensor[0] for name, tensor in self.encode([""]).items()}
+
+    @property
+    def null_tokens(self) -> dict[str, Tensor]:
+        """The empty prompt before it is embedded: {"tokens": (L,), "text_mask": (L,)}, to train with."""
+        return {name: tensor[0] for name, tensor in self.tokenize([""]).items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of weights, settings and tokenizer: two encoders are alike exactly when these are."""
+        return hashlib.sha256(json.dumps(self._settings(self._weights()), sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the folder `path`: `model.safetensors`, and `config.json` with settings and tokenizer.
+
+        The latter is written last and holds the checksum of the former: a folder that is half written is refused.
+        """
+        folder, weights = Path(path), self._weights()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / CONFIG).write_text(json.dumps(self._settings(weights), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TextEncoder:
+        """Read what `save` wrote, in eval mode; nothing in the files is ever executed.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is damaged, of another format, or does not fit.
+            ImportError: its tokenizer needs the extra `[text]`.
+        """
+        folder = Path(path)
+        for name in (WEIGHTS, CONFIG):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing: load takes a folder with {WEIGHTS} and {CONFIG}")
+        weights = (folder / WEIGHTS).read_bytes()
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+            if (config["format"], config["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"format {config['format']!r} {config['version']!r}, this fewstep reads {VERSION}")
+            if config["sha256"] != hashlib.sha256(weights).hexdigest():
+                raise ValueError(f"{WEIGHTS} is damaged or is not the file that {CONFIG} describes (SHA-256 differs)")
+            encoder = cls(tokenizer_from_config(config["tokenizer"]), **config["encoder"])
+            encoder.load_state_dict({name: w.clone() for name, w in safetensors.torch.load(weights).items()})
+        except (ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder} does not hold a text encoder: {error}") from None
+        return encoder.to(device).eval()
+
+    def _weights(self) -> bytes:
+        content: bytes = safetensors.torch.save({k: v.cpu().contiguous() for k, v in self.state_dict().items()})
+        return content
+
+    def _settings(self, weights: bytes) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "encoder": self.config,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "tokenizer": self.tokenizer.to_config(),
+        }
