@@ -10,8 +10,8 @@ import pytest
 NAMES = {
     "schedules": """Schedule Cosine LinearBeta Discrete Karras RectifiedFlow reschedule to_x from_x
         snr truncated_snr snr_plus_one edm_weight flat seeded_noise Denoiser""",
-    "models": """NetworkDenoiser GuidedDenoiser UNet DiT TextEncoder GuidanceEmbedding with_guidance_input load save
-        from_diffusers to_diffusers""",
+    "models": """NetworkDenoiser GuidedDenoiser UNet DiT TextEncoder Autoencoder GuidanceEmbedding with_guidance_input
+        load save from_diffusers to_diffusers""",
     "samplers": "ddim stochastic ancestral heun dpmpp_2m ddim_step encode edit inpaint transfer",
     "distill": """guidance_target progressive_target stochastic_target encoder_target GuidanceDistillation
         ProgressiveDistillation EncoderDistillation MomentMatching InstantMomentMatching adam_preconditioner

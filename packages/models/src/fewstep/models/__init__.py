@@ -1,5 +1,6 @@
 """UNet and DiT denoisers with class and guidance-weight conditioning, saved with their settings."""
 
+from fewstep.models.autoencoder import Autoencoder, Posterior
 from fewstep.models.denoiser import GuidedDenoiser, NetworkDenoiser, with_guidance_input
 from fewstep.models.dit import DiT
 from fewstep.models.embedding import GuidanceEmbedding
@@ -15,6 +16,7 @@ from fewstep.models.unet import UNet
 
 __all__ = [
     "PRESETS",
+    "Autoencoder",
     "BPETokenizer",
     "ByteTokenizer",
     "DiT",
@@ -23,6 +25,7 @@ __all__ = [
     "GuidedDenoiser",
     "Network",
     "NetworkDenoiser",
+    "Posterior",
     "TextEncoder",
     "UNet",
     "build_network",
