@@ -57,6 +57,22 @@ class DataConfig:
 
 
 @dataclass
+class TextConfig:
+    """The text encoder of captioned data, trained together with the teacher and frozen after.
+
+    tokenizer: "bpe", learned from the training captions, of at most `vocabulary` tokens, or "bytes". length: most
+    tokens of a caption with its end. width, depth, heads: of its transformer; width is the network's `text_width`.
+    """
+
+    tokenizer: str = "bpe"
+    vocabulary: int = 400
+    length: int = 32
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+
+
+@dataclass
 class NetworkConfig:
     """A network of `fewstep.models`: type ("UNet", "DiT"), named preset, and keyword arguments that override it."""
 
@@ -493,7 +509,8 @@ class Config:
 
     out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch, on the CPU; None: its choice.
     schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
-    "flow". stages: name -> one of the dataclasses above, in the order in which they run. cluster: see `ClusterConfig`.
+    "flow". text: of captioned data alone. stages: name -> one of the dataclasses above, in the order in which they run.
+    cluster: see `ClusterConfig`.
     """
 
     name: str = _free(MISSING)
@@ -508,5 +525,6 @@ class Config:
     schedule: dict[str, Any] = field(default_factory=lambda: {"type": "Cosine"})
     prediction: str = "v"
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    text: TextConfig | None = None
     stages: dict[str, Any] = field(default_factory=dict)
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"result": False})

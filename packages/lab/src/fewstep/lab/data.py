@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fewstep.lab.config import ConfigError, DataConfig
-from fewstep.schedules import sample_seeds
+from fewstep.schedules import Cond, sample_seeds
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and labels (B,) at `indices` (B,)."""
+    def take(self, indices: Tensor) -> tuple[Tensor, Cond]:
+        """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,)."""
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
 
-    def to(self, device: torch.device) -> "Split":
+    def to(self, device: torch.device) -> Self:
         """The same images on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 

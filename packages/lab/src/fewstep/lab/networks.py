@@ -33,7 +33,10 @@ def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
     if network.preset not in presets:
         raise ConfigError(f"network.preset={network.preset}: {network.type} has {', '.join(presets)}")
     data = config.data
-    sizes = {"image_size": data.image_size, "in_channels": data.channels, "num_classes": data.num_classes}
+    known = {"num_classes": data.num_classes} if config.text is None else {
+        "num_classes": None, "text_width": config.text.width
+    }  # fmt: skip
+    sizes = {"image_size": data.image_size, "in_channels": data.channels, **known}
     for key, size in sizes.items():
         if network.overrides.get(key, size) != size:
             raise ConfigError(f"network.overrides.{key}={network.overrides[key]}: {data.name} has {size}")
@@ -66,7 +69,7 @@ def guided_student(
     """
     if own is None:
         return with_guidance_input(teacher, form, w_range)
-    student = with_guidance_input(own, form, w_range)
+    student = with_guidance_input(own.use_text_encoder(teacher.text_encoder), form, w_range)
     init_from(student.network, teacher.network)
     return student
 
@@ -88,8 +91,9 @@ def on_schedule(denoiser: NetworkDenoiser, settings: dict[str, Any]) -> NetworkD
     ):
         raise ConfigError(f"schedule={settings}: a network on {denoiser.schedule} cannot go on from there unchanged")
     return NetworkDenoiser(
-        denoiser.network, schedule, denoiser.prediction, time_input=denoiser.time_input, trained=denoiser.trained
-    )
+        denoiser.network, schedule, denoiser.prediction, time_input=denoiser.time_input, trained=denoiser.trained,
+        text_encoder=denoiser.text_encoder,
+    )  # fmt: skip
 
 
 def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDenoiser:
@@ -106,4 +110,7 @@ def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDen
     network = build_network({**config, "dropout": dropout})
     network.load_state_dict(denoiser.network.state_dict())
     trained, time_input = denoiser.trained, denoiser.time_input
-    return NetworkDenoiser(network, denoiser.schedule, denoiser.prediction, time_input=time_input, trained=trained)
+    return NetworkDenoiser(
+        network, denoiser.schedule, denoiser.prediction, time_input=time_input, trained=trained,
+        text_encoder=denoiser.text_encoder,
+    )  # fmt: skip

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--w", type=float, help=weight)
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
+    said = "what the image is to show, of a model that takes text; repeat it for several, taken in turn"
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=said)
+    parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
     parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")
     parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
@@ -98,7 +101,30 @@ def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:
     w, steps = weight_for(args.w, network), steps_for(args.steps, args.model, network)
     shape = cast(Network, network.network).input_shape
     classes = parse_classes(args.classes, cast(Network, network.network).num_classes)
-    return SampleSpec(sampler, steps, w, args.seed, 0, shape, classes, args.chunk)
+    prompts = prompts_for(args, network)
+    return SampleSpec(sampler, steps, w, args.seed, 0, shape, classes, args.chunk, prompts=prompts)
+
+
+def prompts_for(args: argparse.Namespace, network: NetworkDenoiser) -> tuple[str, ...]:
+    """Those of --prompt, then those of --prompts; none for a model without text.
+
+    Raises:
+        ConfigError: a model without text is given one, one with text none, or the file cannot be read or is empty.
+    """
+    found = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            lines = Path(args.prompts).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {args.prompts}: must be a file of one prompt per line ({error})") from error
+        require(bool(lines), "--prompts", args.prompts, "a file with at least one line")
+        found += lines
+    if not network.takes_text:
+        require(not found, "--prompt", "", "left out: this model takes no text")
+    else:
+        require(bool(found), "--prompt", "", "given, or --prompts FILE: this model takes text ('' is no text)")
+        require(network.text_encoder is not None, "--model", args.model, "one that was saved with its text encoder")
+    return tuple(found)
 
 
 def weight_for(asked: float | None, network: NetworkDenoiser) -> float:
@@ -158,13 +184,14 @@ def sample(denoiser: Denoiser, spec: SampleSpec, num: int, device: torch.device,
 
 
 def write(out: Path, images: Tensor, spec: SampleSpec, model: str, *, every_image: bool) -> None:
-    """Write grid.png, a column per class, samples.safetensors, and if asked to `images/00000.png` and so on."""
+    """Write grid.png, a column per class or prompt, samples.safetensors, and if asked to `images/00000.png` etc."""
     from fewstep.lab.checkpoint import write_tensors
     from fewstep.lab.pictures import enlarged, tile, to_bytes, write_png
 
     out.mkdir(parents=True, exist_ok=True)
     pixels = to_bytes(images)
-    columns = len(spec.classes) if 1 < len(spec.classes) <= MOST_COLUMNS else math.ceil(math.sqrt(len(images)))
+    turns = len(spec.prompts or spec.classes)
+    columns = turns if 1 < turns <= MOST_COLUMNS else math.ceil(math.sqrt(len(images)))
     write_png(out / "grid.png", tile(enlarged(pixels), min(columns, len(images))))
     tensors = {"images": images, "seeds": spec.seeds(0, len(images))}
     labels = spec.labels(0, len(images))

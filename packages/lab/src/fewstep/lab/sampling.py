@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fewstep.lab.config import ConfigError
 from fewstep.lab.shards import Shard, ShardCache
+from fewstep.lab.text import encoder_of
 from fewstep.samplers import ancestral, ddim, dpmpp_2m, heun, stochastic
-from fewstep.schedules import Denoiser, Trained, sample_seeds, seeded_noise
+from fewstep.schedules import Cond, Denoiser, Trained, sample_seeds, seeded_noise
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim, "stochastic": stochastic, "dpmpp_2m": dpmpp_2m, "heun": heun, "ancestral": ancestral,
@@ -53,8 +54,8 @@ class SampleSpec:
 
     w: guidance weight >= 0; w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). seed and noises choose
     the noise of sample i; sets that differ in `noises` are independent. classes: sample i gets class
-    classes[i % len(classes)], none if empty. shape: (C, H, W). chunk: images sampled at once. noise_level: of ancestral
-    sampling, in [0, 1].
+    classes[i % len(classes)], none if empty, and so with prompts of a model that takes text. shape: (C, H, W). chunk:
+    images sampled at once. noise_level: of ancestral sampling, in [0, 1].
     """
 
     sampler: str
@@ -66,6 +67,7 @@ class SampleSpec:
     classes: tuple[int, ...]
     chunk: int
     noise_level: float = 0.0
+    prompts: tuple[str, ...] = ()
 
     def ranges(self, count: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of each chunk of samples 0, ..., count - 1."""
@@ -82,21 +84,34 @@ class SampleSpec:
             return None
         return torch.tensor(self.classes)[torch.arange(start, stop) % len(self.classes)]
 
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Prompts of these samples; [] without prompts."""
+        return [self.prompts[i % len(self.prompts)] for i in range(start, stop)] if self.prompts else []
+
     def key(self, digest: str, device: torch.device) -> dict[str, Any]:
         """The key of the shards that the model with this digest makes of it on this kind of device."""
-        return {"format": 1, "model": digest, "device": device.type, **asdict(self)}
+        mine = {name: value for name, value in asdict(self).items() if name != "prompts" or value}
+        return {"format": 1, "model": digest, "device": device.type, **mine}
 
 
 def sample_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Tensor:
     """Samples start, ..., stop - 1 as (B, C, H, W) float32 on the CPU, made with clip=None and not clamped."""
     seeds = spec.seeds(start, stop)
-    labels = spec.labels(start, stop)
     noise = seeded_noise(seeds, spec.shape).to(device)
-    cond = None if labels is None else labels.to(device)
     louder = {"noise_level": spec.noise_level} if spec.noise_level else {}
     with torch.inference_mode():
+        cond = condition(denoiser, spec, start, stop, device)
         x = SAMPLERS[spec.sampler](denoiser, noise, spec.steps, cond, spec.w, seeds=seeds, **louder)
     return x.float().cpu()
+
+
+def condition(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Cond:
+    """What these samples are to be of: their classes, or what the denoiser's own encoder makes of their prompts."""
+    if spec.prompts:
+        found = encoder_of(denoiser).encode(spec.texts(start, stop))
+        return {name: tensor.to(device) for name, tensor in found.items()}
+    labels = spec.labels(start, stop)
+    return None if labels is None else labels.to(device)
 
 
 def sample_shards(
@@ -129,13 +144,14 @@ def timed_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, dev
 
 # How the warnings of fewstep.samplers about a model's training begin; any other warning is none of our business.
 MISUSE = r"(denoiser was trained|w = .* lies outside the range)"
+CUT = r"prompt .* was cut off"  # of fewstep.models.TextEncoder
 
 
 @contextmanager
 def knowingly() -> Iterator[None]:
-    """Within, a model used outside what it was trained for is no warning: whoever asked was told before."""
+    """Within, a model used outside what it was trained for, or a long prompt, is no warning: one was told before."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=MISUSE, category=UserWarning)
+        warnings.filterwarnings("ignore", message=f"{MISUSE}|{CUT}", category=UserWarning)
         yield
 
 

@@ -76,10 +76,11 @@ class Work:
         from fewstep.lab.data import Order, load_data
         from fewstep.lab.distributed import pick_device
         from fewstep.lab.stored import TargetStore, key_of, make
+        from fewstep.lab.text import for_method
 
         device = pick_device(config.device)
         method, seed = training_of(config, self.stage, console)
-        split = load_data(config.data).train.to(device)
+        split = for_method(load_data(config.data).train, method).to(device)
         order = Order(len(split), config.stages[self.stage].batch_size, seed)
         store = TargetStore(Path(self.root), key_of(method, order), self.draws * len(split), self.chunk)
         store.write_index()

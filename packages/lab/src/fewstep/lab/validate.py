@@ -22,7 +22,8 @@ from fewstep.lab.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from fewstep.lab.data import check_data
+from fewstep.lab.data import CAPTIONED, check_data
+from fewstep.lab.text import TOKENIZERS
 from fewstep.lab.validate_grid import check_grid, check_invert, halvings
 from fewstep.lab.validate_moments import ADAPTIVE, check_compare, check_convert, check_moments, check_sweep
 
@@ -34,6 +35,7 @@ def validate(config: Config) -> None:
         ConfigError: for the first mistake found.
     """
     check_data(config.data)
+    check_text(config)
     one_of("prediction", config.prediction, ("x", "eps", "v", "flow"))
     check_schedule("schedule", config.schedule)
     require(config.threads is None or config.threads >= 1, "threads", config.threads, "1 or more, or null")
@@ -87,6 +89,27 @@ def _with_needs(name: str, config: Config, done: Collection[str], path: tuple[st
             raise ConfigError(f"stages.{name}.needs={need}: no such stage{near(need, config.stages)}")
         order += _with_needs(need, config, [*done, *order], (*path, name))
     return [*order, name]
+
+
+MEASURED_BY_CLASS = ("evaluate", "invert", "sweep", "compare", "report")  # kinds that know no captions
+
+
+def check_text(config: Config) -> None:
+    """Captioned data and a text encoder go together; what measures classes cannot measure captions."""
+    captioned = config.data.name in CAPTIONED
+    if config.text is None or not captioned:
+        right = f"given for {config.data.name}, e.g. text=small" if captioned else f"null: {config.data.name} has none"
+        return require(captioned == (config.text is not None), "text", config.text and "{...}", right)
+    one_of("text.tokenizer", config.text.tokenizer, TOKENIZERS)
+    positive("text", config.text, "width", "depth", "heads")
+    require(config.text.length >= 2, "text.length", config.text.length, "2 or more: a token and the end")
+    least = config.text.tokenizer != "bpe" or config.text.vocabulary >= 258
+    require(least, "text.vocabulary", config.text.vocabulary, "258 or more: every byte and two reserved ones")
+    divides = config.text.width % config.text.heads == 0
+    require(divides, "text.heads", config.text.heads, f"a divisor of width={config.text.width}")
+    for name, stage in config.stages.items():
+        right = "one that knows captions: of measurements that is grid"
+        require(stage.kind not in MEASURED_BY_CLASS, f"stages.{name}.kind", stage.kind, right)
 
 
 def _check_stage(key: str, stage: StageConfig, config: Config) -> None:

@@ -74,24 +74,27 @@ class TextEncoder(nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{"tokens": (B, L) int64, "text_mask": (B, L) bool}, on the CPU: what `forward` takes.
 
-        A prompt that is too long is cut, and a warning says what was lost.
+        A prompt that is too long is cut, and a warning says what was lost (of the first, and how many there are).
         """
+        long: list[tuple[str, list[int], int]] = []
         tokens = torch.full((len(prompts), self.length), PADDING)
         lengths = torch.empty(len(prompts), dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             numbers = self.tokenizer.encode(prompt)
             kept = numbers[: self.length - 1]
             if len(numbers) > len(kept):
-                self._warn(prompt, numbers, len(kept))
+                long.append((prompt, numbers, len(kept)))
             tokens[i, : len(kept) + 1] = torch.tensor([*kept, END])
             lengths[i] = len(kept) + 1
+        if long:
+            self._warn(*long[0], more=len(long) - 1)
         return {"tokens": tokens, "text_mask": torch.arange(self.length) < lengths[:, None]}
 
-    def _warn(self, prompt: str, numbers: list[int], kept: int) -> None:
+    def _warn(self, prompt: str, numbers: list[int], kept: int, more: int) -> None:
         lost = self.tokenizer.decode(numbers[kept:])
         text = (
             f"prompt {prompt!r} has {len(numbers)} tokens, more than the {kept} that this encoder reads: "
-            f"{lost!r} was cut off"
+            f"{lost!r} was cut off" + (f"; so were the ends of {more} other prompts" if more else "")
         )
         warnings.warn(text, stacklevel=4)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.lab.config import GridConfig, GridTarget
+from fewstep.lab.evaluation.alignment import SHARES, UNSEEN, alignment
 from fewstep.lab.evaluation.distances import Reference, describe
 from fewstep.lab.evaluation.pairs import pair_row
 from fewstep.lab.evaluation.plan import BASELINES, PAIRED, Draw, Students, equal_calls
@@ -35,14 +36,23 @@ class Cell:
         """The same from so many independent sets of noises."""
         return [replace(self.draw, noises=PAIRED + i) for i in range(sampling_seeds)]
 
+    @property
+    def of_unseen(self) -> Draw:
+        """The same of prompts with combinations that training never met."""
+        return replace(self.draw, prompts=UNSEEN)
+
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be measured. teacher: name of its model. students: each stage's, with what they are for."""
+    """What is to be measured. teacher: name of its model. students: each stage's, with what they are for.
+
+    composition: samples per cell of prompts with unseen combinations; 0 for data without.
+    """
 
     options: GridConfig
     teacher: str
     students: tuple[tuple[Students, str], ...]
+    composition: int = 0
 
     def reference(self, w: float) -> Draw:
         """The teacher as paired errors take it for the truth."""
@@ -65,7 +75,9 @@ class Grid:
     def requests(self) -> dict[Draw, int]:
         """Every set of samples with its size."""
         count = max(self.options.num_samples, self.options.paired_noises)
-        return {draw: count for cell in self.cells() for draw in cell.draws(self.options.sampling_seeds)}
+        found = {draw: count for cell in self.cells() for draw in cell.draws(self.options.sampling_seeds)}
+        unseen = {cell.of_unseen: self.composition for cell in self.cells()} if self.composition else {}
+        return found | unseen
 
 
 def measure(samples: Samples, grid: Grid, reference: Reference) -> list[Row]:
@@ -90,6 +102,10 @@ def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: d
     options = grid.options
     seeds = [_measured(samples, draw, options.num_samples, reference) for draw in cell.draws(options.sampling_seeds)]
     values = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    aligned = {} if not samples.prompts else {
+        "alignment": alignment(samples, cell.draws(options.sampling_seeds), options.num_samples),
+        "unseen": alignment(samples, [cell.of_unseen], grid.composition) if grid.composition else None,
+    }  # fmt: skip
     return {
         **describe(samples, cell.draw),
         "stage": cell.stage,
@@ -101,20 +117,26 @@ def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: d
         "mean": {name: statistics.fmean(found) for name, found in values.items()},
         "std": {name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()},
         **pair_row(samples, cell.draw, grid.reference(cell.draw.w), options.paired_noises),
+        **aligned,
     }
 
 
 def _measured(samples: Samples, draw: Draw, count: int, reference: Reference) -> Row:
     found, moments = samples.features(draw, count), samples.moments(draw, count)
+    classes = {} if samples.prompts else {"accuracy": class_accuracy(found.logits, samples.labels(count))}
     return {
         "fid_heldout": frechet_distance(moments, reference.heldout.moments),
         "is": inception_score(found.logits),
-        "accuracy": class_accuracy(found.logits, samples.labels(count)),
+        **classes,
     }
 
 
 def value(row: Row, measure: str) -> float:
-    """A measure of a row: the mean over sets of noises, or the paired error."""
+    """A measure of a row: the mean over sets of noises, the paired error, or a share of `alignment` by its name."""
+    if measure in SHARES:
+        return float(row["alignment"][measure]["share"])
+    if measure == UNSEEN:
+        return float(row["unseen"]["all"]["share"])
     return float(row["paired_error"] if measure == "paired_error" else row["mean"][measure])
 
 

@@ -14,7 +14,7 @@ BASELINES = ("ddim", "dpmpp_2m")
 
 @dataclass(frozen=True)
 class Draw:
-    """One set of samples; noise_level is that of ancestral sampling.
+    """One set of samples; noise_level is that of ancestral sampling, prompts the name of a set of them (or none).
 
     w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
     """
@@ -25,6 +25,7 @@ class Draw:
     w: float
     noises: int = PAIRED
     noise_level: float = 0.0
+    prompts: str = ""
 
     @property
     def label(self) -> str:

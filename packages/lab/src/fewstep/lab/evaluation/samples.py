@@ -25,7 +25,8 @@ class Samples:
     """Sets of samples by what they are (`Draw`); whatever is asked for twice is sampled once.
 
     sizes: the sets and how many samples each has. judge: name of the registered feature extractor. Memory holds one
-    chunk of images and the features of every set. workers: processes that sample, see `fewstep.lab.workers`.
+    chunk of images and the features of every set. prompts: sets of them by name, for models that take
+    text. workers: processes that sample, see `fewstep.lab.workers`.
     """
 
     sizes: Mapping[Draw, int]
@@ -38,6 +39,7 @@ class Samples:
     chunk: int
     device: torch.device
     workers: int = 1
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _features: dict[Draw, Features] = field(default_factory=dict)
     _seconds: dict[Draw, float] = field(default_factory=dict)
 
@@ -45,7 +47,7 @@ class Samples:
         """What determines the samples of this set besides the model."""
         return SampleSpec(
             draw.sampler, draw.steps, draw.w, self.seed, draw.noises, self.shape, self.classes, self.chunk,
-            draw.noise_level,
+            draw.noise_level, self.prompts.get(draw.prompts, ()),
         )  # fmt: skip
 
     def nfe(self, draw: Draw) -> int:

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from fewstep.lab.checkpoint import write_text
+from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.grid import value
 from fewstep.lab.evaluation.rows import Row
 from fewstep.lab.report.style import FAINT, INK, SAMPLER_NAMES, count_steps, plain_log, step_style, style
@@ -38,6 +39,24 @@ MEASURES = (
     Measured("accuracy", "class accuracy", 3, False, True),
     Measured("paired_error", "paired error (RMSE)", 3, True, False),
 )
+
+
+ALIGNMENT = (
+    Measured("all", "captions that hold", 3, False, True),
+    Measured("objects", "objects of the right shape and colour", 3, False, True),
+    Measured("relation", "relations that hold", 3, False, True),
+    Measured(UNSEEN, "captions of unseen combinations that hold", 3, False, True),
+)
+
+
+def measures(results: Results) -> tuple[Measured, ...]:
+    """What these results measure: for prompts, whether they hold takes the place of class accuracy."""
+    first = results["rows"][0]
+    if "alignment" not in first:
+        return MEASURES
+    fid, score, _, paired = MEASURES
+    there = [m for m in ALIGNMENT if (first["unseen"] if m.key == UNSEEN else m.key in first["alignment"])]
+    return (fid, score, *there, paired)
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ def teacher(results: Results, w: float) -> Row:
 def markdown(results: Results) -> str:
     """What `table.md` holds: whose features they are of, a table for each measure, and what the figures mean."""
     parts = [f"FID and IS: **{results['features']}**.\n"]
-    parts += [f"\n**{measure.name}**\n\n{table(results, measure).markdown()}" for measure in MEASURES]
+    parts += [f"\n**{measure.name}**\n\n{table(results, measure).markdown()}" for measure in measures(results)]
     return "".join(parts) + "\n" + note(results) + "\n"
 
 
@@ -107,6 +126,9 @@ def _cell(row: Row | None, measure: Measured) -> str:
         return DASH
     if measure.key == "paired_error":
         text = fixed(row["paired_error"], measure.digits)
+    elif measure in ALIGNMENT:
+        share = row["unseen"]["all"] if measure.key == UNSEEN else row["alignment"][measure.key]
+        text = f"{fixed(share['share'], 3)} [{fixed(share['low'], 3)}, {fixed(share['high'], 3)}]"
     else:
         text = f"{fixed(row['mean'][measure.key], measure.digits)} ± {fixed(row['std'][measure.key], measure.digits)}"
     return f"{text} (= {row['same_as']} steps)" if row["same_as"] else text
@@ -126,6 +148,13 @@ def note(results: Results) -> str:
         "w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). One student per number of steps serves all "
         "w of a stage."
     )
+    if "alignment" in results["rows"][0]:
+        text += (
+            " *Captions that hold*: prompts are held-out captions, and what they say is read back from the image by "
+            "colour segmentation and moments (no learning): as many objects as described, each of the right shape, "
+            "colour and (where said) size, and the right relation or place; in brackets the binomial 95 % interval "
+            "(Wilson). *Unseen combinations*: prompts that name one which no training image contains."
+        )
     if any(row["same_as"] for row in results["rows"]):
         text += (
             " *(= 2 steps)*: not trained; the stochastic student of 1 step is that of 2 steps, whose jump from t = 1 "
@@ -137,11 +166,12 @@ def note(results: Results) -> str:
 def heat_map(results: Results) -> Figure:
     """Every measure of every line: w down, steps across, one colour scale for a measure."""
     shown, weights, steps = lines(results), _weights(results), _steps(results)
-    figure = Figure((0.62 * len(steps) * len(shown) + 1.6, max(1.3, 0.36 * len(weights)) * len(MEASURES) + 1.2))
-    panels = figure.subplots(len(MEASURES), len(shown), sharex=True, sharey=True, squeeze=False)
+    rows = measures(results)
+    figure = Figure((0.62 * len(steps) * len(shown) + 1.6, max(1.3, 0.36 * len(weights)) * len(rows) + 1.2))
+    panels = figure.subplots(len(rows), len(shown), sharex=True, sharey=True, squeeze=False)
     for axes, line in zip(panels[0], shown, strict=True):
         axes.set_title(line.name.replace(" (", "\n("), fontsize=9.5)
-    for measure, row in zip(MEASURES, panels, strict=True):
+    for measure, row in zip(rows, panels, strict=True):
         values = np.array([[[_value(line.at(w, n), measure) for n in steps] for w in weights] for line in shown])
         norm = _norm(values, measure)
         for axes, shade in zip(row, values, strict=True):
@@ -181,7 +211,10 @@ def _value(row: Row | None, measure: Measured) -> float:
 
 
 def pareto(results: Results) -> Figure:
-    """FID against IS, one panel per line, one curve per number of steps, one point per w; the teacher in each."""
+    """FID against IS or the captions that hold, one panel per line, one curve per number of steps, one point per w.
+
+    The teacher is in each.
+    """
     shown = lines(results)
     columns = min(3, len(shown))
     count = -(-len(shown) // columns)
@@ -196,7 +229,8 @@ def pareto(results: Results) -> Figure:
         row[0].set_ylabel("FID to held-out\n(lower is better)")
     for index in range(len(shown)):
         if index + columns >= len(shown):
-            panels.flat[index].set_xlabel("inception score (higher is better)")
+            across = "captions that hold" if _across(results["rows"][0]) == "all" else "inception score"
+            panels.flat[index].set_xlabel(f"{across} (higher is better)")
             panels.flat[index].tick_params(labelbottom=True)
     entries = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
     figure.subplots_adjust(hspace=0.25, wspace=0.08)
@@ -221,7 +255,12 @@ def _curves(axes: Axes, results: Results, line: Line) -> None:
 
 
 def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
-    return [float(row["mean"]["is"]) for row in rows], [float(row["mean"]["fid_heldout"]) for row in rows]
+    return [value(row, _across(row)) for row in rows], [value(row, "fid_heldout") for row in rows]
+
+
+def _across(row: Row) -> str:
+    """What FID is held against: whether prompts hold, or the inception score of data without captions."""
+    return "all" if "alignment" in row else "is"
 
 
 def _weights(results: Results) -> list[float]:

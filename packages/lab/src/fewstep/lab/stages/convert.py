@@ -18,8 +18,9 @@ def run(ctx: StageContext) -> None:
     teacher = with_dropout(load_model(ctx, folder), stage.dropout)
     to = cast(Prediction, stage.to)
     converted = NetworkDenoiser(
-        copy.deepcopy(teacher.network), teacher.schedule, to, time_input=teacher.time_input, trained=Trained("teacher")
-    )
+        copy.deepcopy(teacher.network), teacher.schedule, to, time_input=teacher.time_input, trained=Trained("teacher"),
+        text_encoder=teacher.text_encoder,
+    )  # fmt: skip
     converted.to(ctx.device).requires_grad_(True)
     compile_networks(ctx, converted)
     method = DenoiserTraining(converted, converted.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)

@@ -64,8 +64,13 @@ def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Mo
     return Plan(stage, teacher, guide, students, tuple(more), training_images), models
 
 
-def samples_of(ctx: StageContext, sizes: Mapping[Draw, int], models: Mapping[str, Model]) -> Samples:
-    """Sets of samples of these sizes, seen by the judge that the run trained."""
+def samples_of(
+    ctx: StageContext,
+    sizes: Mapping[Draw, int],
+    models: Mapping[str, Model],
+    prompts: Mapping[str, tuple[str, ...]] | None = None,
+) -> Samples:
+    """Sets of samples of these sizes, seen by the judge that the run trained; prompts: sets of them by name."""
     folder, *_ = ctx.inputs_of_kind("classifier").values()
     classifier = load_classifier(folder / "model").to(ctx.device)
     config = ctx.config.data
@@ -75,11 +80,12 @@ def samples_of(ctx: StageContext, sizes: Mapping[Draw, int], models: Mapping[str
         cache=ShardCache(ctx.out / "cache"),
         judge=register_judge("fewstep-judge", partial(_look, classifier, ctx.device)),
         shape=(config.channels, config.image_size, config.image_size),
-        classes=tuple(range(config.num_classes)),
+        classes=tuple(range(config.num_classes)) if ctx.config.text is None else (),
         seed=ctx.stage.seed,
         chunk=ctx.stage.chunk,
         device=ctx.device,
         workers=ctx.stage.workers or default_workers(ctx.device),
+        prompts=prompts or {},
     )
 
 

@@ -10,6 +10,7 @@ from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Order, load_data
 from fewstep.lab.stored import TargetStore, open_store
+from fewstep.lab.text import for_method
 from fewstep.lab.train import Trainer, mix
 from fewstep.models import NetworkDenoiser, load, save
 
@@ -41,7 +42,7 @@ def fit(
     """
     if ctx.instead is not None:
         return ctx.instead(method, seed)
-    split = load_data(ctx.config.data).train
+    split = for_method(load_data(ctx.config.data).train, method)
     trainer = Trainer(
         method,
         split,

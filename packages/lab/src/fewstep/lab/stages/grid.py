@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import load_data
+from fewstep.lab.data import Data, load_data
+from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.grid import Grid, measure, verdicts
@@ -24,9 +25,10 @@ KID_SUBSETS = 1  # KID is not part of the grid
 def run(ctx: StageContext) -> None:
     """Sample, measure, write."""
     grid, models = grid_of(ctx)
-    samples = samples_of(ctx, grid.requests(), models)
+    data = load_data(ctx.config.data)
+    samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
-    reference = Reference.of(samples.judge, load_data(ctx.config.data), KID_SUBSETS)
+    reference = Reference.of(samples.judge, data, KID_SUBSETS)
     with knowingly():
         rows = measure(samples, grid, reference)
     results: dict[str, Any] = {
@@ -54,4 +56,12 @@ def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
         if stage.students != "encoder":
             models |= {f"{name}/steps_{n}": Model(folder / f"steps_{n}" / "model", ctx.device) for n in stage.steps}
             students.append((students_of(ctx, name, models), stage.students))
-    return Grid(ctx.stage, teacher, tuple(students)), models
+    shapes = ctx.config.data.shapes
+    unseen = 0 if ctx.config.text is None or shapes is None else min(shapes.composition, ctx.stage.num_samples)
+    return Grid(ctx.stage, teacher, tuple(students), unseen), models
+
+
+def prompts_of(data: Data) -> dict[str, tuple[str, ...]]:
+    """The held-out captions as "", those of unseen combinations by their name; {} for data without captions."""
+    parts = {"": data.heldout.captions, UNSEEN: None if data.composition is None else data.composition.captions}
+    return {name: captions for name, captions in parts.items() if captions is not None}

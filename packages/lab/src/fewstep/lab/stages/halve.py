@@ -19,6 +19,7 @@ from fewstep.lab.context import StageContext
 from fewstep.lab.data import load_data
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
+from fewstep.lab.text import for_method
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained, sample_seeds
 
@@ -69,10 +70,10 @@ def _method(
 @torch.no_grad()
 def _assert_nothing_to_learn(ctx: StageContext, method: Halving, seed: int) -> None:
     """The student, a copy of its teacher, answers with its targets: the loss of a batch is 0 but for rounding."""
-    split = load_data(ctx.config.data).train.to(ctx.device)
+    split = for_method(load_data(ctx.config.data).train, method).to(ctx.device)
     first = torch.arange(min(len(split), ctx.stage.batch_size), device=ctx.device)
-    x, labels = split.take(first)
-    _, logs = method.loss(method.draw(x, labels, sample_seeds(seed, 0, first), 0), 0)
+    x, cond = split.take(first)
+    _, logs = method.loss(method.draw(x, cond, sample_seeds(seed, 0, first), 0), 0)
     assert float(logs["x_mse"]) < ROUNDING, f"{ctx.stage.name}: a copy of the 2-step student has loss {logs['x_mse']:g}"
 
 

@@ -28,7 +28,7 @@ from fewstep.lab.networks import config_of, on_schedule, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything, stage_seed
 from fewstep.lab.validate_moments import TEACHERS
 from fewstep.models import NetworkDenoiser, with_guidance_input
-from fewstep.schedules import Trained, sample_seeds
+from fewstep.schedules import Cond, Trained, sample_seeds
 
 PRECONDITIONER = 0  # in place of a number of steps: the seed of its batches
 
@@ -116,7 +116,8 @@ def _preconditioner(ctx: StageContext, teacher: NetworkDenoiser, steps: int) -> 
     """Adam's, from a few batches, or as the teacher's training left it in its last checkpoint."""
     if ctx.stage.preconditioner_batches:
         weight = _weight(ctx, steps)
-        return estimate_preconditioner(teacher, _batches(ctx), weight="flat" if weight == "adaptive" else weight)
+        batches = _batches(ctx, teacher)
+        return estimate_preconditioner(teacher, batches, weight="flat" if weight == "adaptive" else weight)
     ((name, folder),) = ctx.inputs_of_kind(*TEACHERS).items()
     found = load_latest(folder / "checkpoints", lambda text: ctx.console.print(text, style="yellow"))
     if found is None:
@@ -129,11 +130,12 @@ def _preconditioner(ctx: StageContext, teacher: NetworkDenoiser, steps: int) -> 
     return adam_preconditioner(squares, found.step, options.betas[1], options.eps)
 
 
-def _batches(ctx: StageContext) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images, classes and seeds for the preconditioner."""
-    split, seed = load_data(ctx.config.data).train.to(ctx.device), stage_seed(ctx, PRECONDITIONER)
+def _batches(ctx: StageContext, teacher: NetworkDenoiser) -> Iterator[tuple[Tensor, Cond, Tensor]]:
+    """Images, conditions and seeds for the preconditioner."""
+    split = conditioned(load_data(ctx.config.data).train, teacher).to(ctx.device)
+    seed = stage_seed(ctx, PRECONDITIONER)
     order = Order(len(split), ctx.stage.batch_size, seed)
     for n in range(ctx.stage.preconditioner_batches):
         positions = order.positions(n)
-        x, labels = split.take(order.indices(positions).to(ctx.device))
-        yield x, labels, sample_seeds(seed, n, positions.to(ctx.device))
+        x, cond = split.take(order.indices(positions).to(ctx.device))
+        yield x, cond, sample_seeds(seed, n, positions.to(ctx.device))

@@ -8,11 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 from fewstep.lab.checkpoint import write_text
+from fewstep.lab.config import DataConfig
 from fewstep.lab.context import StageContext
+from fewstep.lab.data import CAPTIONED
 from fewstep.lab.evaluation import FORMAT
 from fewstep.lab.evaluation.circumstances import circumstances
 
-FEATURES = "digit-classifier features, not Inception"
+
+def features_of(config: DataConfig) -> str:
+    """Whose features distances are measured in."""
+    return f"{'shape' if config.name in CAPTIONED else 'digit'}-classifier features, not Inception"
 
 
 def header(ctx: StageContext, **sizes: int) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def header(ctx: StageContext, **sizes: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "experiment": ctx.config.name,
-        "features": FEATURES,
+        "features": features_of(data),
         "settings": asdict(ctx.stage),
         "data": {"name": data.name, "classes": data.num_classes, **sizes},
     }

@@ -2,18 +2,28 @@
 
 from fewstep.distill import DenoiserTraining
 from fewstep.lab.context import StageContext
+from fewstep.lab.data import load_data
 from fewstep.lab.networks import build_denoiser, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, save_model, seed_everything
+from fewstep.lab.text import Prompted, new_encoder
+from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained
 
 
 def run(ctx: StageContext) -> None:
-    """Train the teacher; writes `model/`, the averaged weights."""
+    """Train the teacher, of captioned data together with its text encoder; writes `model/`, the averaged weights."""
     stage, seed = ctx.stage, seed_everything(ctx)
     fresh = build_denoiser(ctx.config, ctx.config.network)
     denoiser = with_dropout(fresh, stage.dropout).to(ctx.device)
     denoiser.trained = Trained("teacher")
     compile_networks(ctx, denoiser)
-    method = DenoiserTraining(denoiser, denoiser.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)
+    trained: NetworkDenoiser | Prompted = denoiser
+    if ctx.config.text is not None:
+        captions = load_data(ctx.config.data).train.captions
+        assert captions is not None  # `validate` allows text with captioned data alone
+        trained = Prompted(denoiser, new_encoder(ctx.config.text, captions).to(ctx.device))
+    method = DenoiserTraining(trained, trained.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)
     fit(ctx, method, seed=seed)
+    if isinstance(trained, Prompted):
+        denoiser.use_text_encoder(trained.encoder)
     save_model(denoiser, ctx.out)
