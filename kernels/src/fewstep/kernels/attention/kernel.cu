@@ -15,8 +15,7 @@ namespace {
 constexpr int ROWS = 64, THREADS = 2 * ROWS, CHUNK = 8;   // elements of 16 bytes
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+using simt::widen;
 
 __device__ __forceinline__ void multiply(
     __nv_bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -74,3 +74,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 }  // namespace simt
 #endif
+
+namespace simt {
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+
+}  // namespace simt

@@ -14,12 +14,8 @@ namespace group_norm {
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int LANES = 1024;  // partial sums that contiguous layouts keep, unless there are more channels
 
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+using simt::narrow;
+using simt::widen;
 
 // One element of a dtype known at run time.
 __device__ __forceinline__ float read(const void* base, int64_t at, int dtype) {

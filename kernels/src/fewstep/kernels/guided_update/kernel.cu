@@ -64,12 +64,8 @@ __device__ void scalars_of(Scalars& c, const GuidedUpdate& call, int64_t sample)
   c.w = call.weight ? call.weight[sample] : call.w;
 }
 
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+using simt::narrow;
+using simt::widen;
 
 // Width elements as they lie in memory, moved 16 bytes at a time if there are so many.
 template <class T, int Width> struct Pack {

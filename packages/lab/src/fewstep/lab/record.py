@@ -5,7 +5,6 @@ threads. `DONE`: written last.
 """
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from fewstep.kernels.benchmark.results import commit_of
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.config import Config, ConfigError
@@ -109,18 +109,7 @@ def commit() -> str:
     copied = here.parents[1] / COMMIT
     if copied.is_file():
         return copied.read_text().strip()
-    head = _git("rev-parse", "HEAD", where=here)
-    if head is None:
-        return "unknown"
-    return f"{head}+changes" if _git("status", "--porcelain", "-uno", where=here) else head
-
-
-def _git(*arguments: str, where: Path) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return commit_of(here)
 
 
 def _circumstances() -> dict[str, Any]:
