@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lab_configs import DIGITS
+from lab_configs import EXPERIMENTS
 
 from fewstep.lab.captioned import world_of
 from fewstep.lab.compose import compose
@@ -61,7 +61,7 @@ def test_order_depends_on_the_seed() -> None:
 
 
 def captioned(*overrides: str) -> DataConfig:
-    return compose(DIGITS, ["preset=debug", "data=captioned_shapes", *overrides]).data
+    return compose(EXPERIMENTS / "shapes_text", ["preset=debug", *overrides]).data
 
 
 def test_captioned_shapes_are_splits_without_what_is_held_out() -> None:
@@ -91,7 +91,7 @@ def test_captioned_shapes_are_splits_without_what_is_held_out() -> None:
         ("data.shapes.most_objects=4", r"data.shapes.most_objects=4: must be 1 to 3"),
         ("data.num_classes=10", r"data.num_classes=10: must be 12, colours times shapes"),
         ("data.image_size=64", r"data.image_size=64: must be 32"),
-        ("data.shapes.held_out=[]", r"data.shapes.composition=1000: must be 0, or"),
+        ("data.shapes.held_out=[]", r"data.shapes.composition=12: must be 0, or"),
         ("data.shapes=null", r"data.shapes=null: captioned_shapes needs it"),
     ],
 )

@@ -26,6 +26,7 @@ from fewstep.lab.context import StageContext
 from fewstep.lab.data import Order, load_data
 from fewstep.lab.networks import config_of, on_schedule, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything, stage_seed
+from fewstep.lab.text import conditioned
 from fewstep.lab.validate_moments import TEACHERS
 from fewstep.models import NetworkDenoiser, with_guidance_input
 from fewstep.schedules import Cond, Trained, sample_seeds

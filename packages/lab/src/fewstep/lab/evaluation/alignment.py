@@ -1,0 +1,38 @@
+"""Whether samples show what their prompts say: read back by the checker of captioned shapes, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fewstep.lab.evaluation.plan import Draw
+from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.metrics import wilson
+from fewstep.lab.shapes import Score, parse, read, score
+
+UNSEEN = "unseen"  # the prompts whose combinations training never met
+SHARES = ("all", "objects", "sizes", "relation", "place")
+
+
+def alignment(samples: Samples, draws: Sequence[Draw], count: int) -> dict[str, dict[str, float]]:
+    """For each part of what a caption says, the share of samples of which it holds, pooled over the sets.
+
+    {"all": {"share", "low", "high", "trials"}, "objects": ..., ...}: low and high are the binomial 95 % interval
+    (Wilson); a part that no prompt speaks of is left out.
+    """
+    scores = [one for draw in draws for one in _scores(samples, draw, count)]
+    said = {part: [getattr(one, part) for one in scores if getattr(one, part) is not None] for part in SHARES}
+    return {part: _share(found) for part, found in said.items() if found}
+
+
+def _scores(samples: Samples, draw: Draw, count: int) -> list[Score]:
+    meanings = [parse(text) for text in samples.spec(draw).texts(0, count)]
+    found = read(torch.cat(list(samples.batches(draw, count))))
+    return [score(meaning, things) for meaning, things in zip(meanings, found, strict=True)]
+
+
+def _share(found: Sequence[bool]) -> dict[str, Any]:
+    low, high = wilson(sum(found), len(found))
+    return {"share": sum(found) / len(found), "low": low, "high": high, "trials": len(found)}

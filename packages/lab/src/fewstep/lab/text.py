@@ -1,0 +1,111 @@
+"""Captions as conditions: the encoder learns together with the teacher, and is frozen from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill import Method
+from fewstep.lab.config import ConfigError, TextConfig
+from fewstep.lab.data import Split
+from fewstep.models import BPETokenizer, ByteTokenizer, NetworkDenoiser, TextEncoder
+from fewstep.schedules import Cond
+
+TOKENIZERS = ("bytes", "bpe")
+
+
+class Prompted(nn.Module):
+    """A denoiser whose condition is tokens, and the encoder of these: what the teacher's training trains.
+
+    Dropping a condition leaves the tokens of the empty prompt, so what stands for no text is learned too.
+    """
+
+    def __init__(self, denoiser: NetworkDenoiser, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.denoiser, self.encoder, self.schedule = denoiser, encoder, denoiser.schedule  # optimisers keep this order
+
+    @property
+    def null_cond(self) -> dict[str, Tensor]:
+        """The empty prompt's tokens."""
+        device = self.encoder.positions.device
+        return {name: tensor.to(device) for name, tensor in self.encoder.null_tokens.items()}
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond = None, w: Tensor | float | None = None) -> Tensor:
+        """The estimate of x. Shape: z (B, C, H, W), t (B,), cond {"tokens", "text_mask"} (B, L) -> (B, C, H, W)."""
+        assert isinstance(cond, Mapping)  # as TextSplit gives it
+        tokens, mask = cond["tokens"], cond["text_mask"]
+        estimate: Tensor = self.denoiser(z, t, {"text": self.encoder(tokens, mask), "text_mask": mask}, w)
+        return estimate
+
+
+@dataclass(frozen=True)
+class TextSplit(Split):
+    """A captioned split whose condition is tokens (N, L) with their mask or, by a frozen encoder, embeddings of them.
+
+    They are embedded batch by batch, not stored: an epoch's embeddings would take more memory than its images.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    encoder: TextEncoder | None = None
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Cond]:
+        """Images (B, C, H, W) and conditions at `indices` (B,)."""
+        assert self.tokens is not None  # `conditioned` makes these
+        assert self.mask is not None
+        tokens, mask = self.tokens.index_select(0, indices), self.mask.index_select(0, indices)
+        images = self.images.index_select(0, indices)
+        if self.encoder is None:
+            return images, {"tokens": tokens, "text_mask": mask}
+        with torch.no_grad():
+            return images, {"text": self.encoder(tokens, mask), "text_mask": mask}
+
+    def to(self, device: torch.device) -> TextSplit:
+        """The same on another device; the encoder is where its denoiser is."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def new_encoder(config: TextConfig, captions: Sequence[str]) -> TextEncoder:
+    """A freshly initialised encoder; a BPE tokenizer learns from these captions."""
+    tokenizer = BPETokenizer.train(captions, config.vocabulary) if config.tokenizer == "bpe" else ByteTokenizer()
+    return TextEncoder(tokenizer, config.width, config.depth, config.heads, config.length)
+
+
+def conditioned(split: Split, *networks: object) -> Split:
+    """The split as these networks are to be trained or tried on it: with text where one of them takes text."""
+    if split.captions is None:
+        return split
+    for network in networks:
+        if isinstance(network, Prompted):
+            return _with_tokens(split, network.encoder, None)
+        encoder = getattr(network, "text_encoder", None)
+        if encoder is not None:
+            return _with_tokens(split, encoder, encoder)
+    return split
+
+
+def for_method(split: Split, method: Method) -> Split:
+    """The split as `method` trains on it; the judge, which has no text, gets classes."""
+    return conditioned(split, getattr(method, "teacher", None), *method.networks.values())
+
+
+def _with_tokens(split: Split, tokenizing: TextEncoder, embedding: TextEncoder | None) -> TextSplit:
+    assert split.captions is not None  # `conditioned` asked
+    found = tokenizing.tokenize(split.captions)
+    return TextSplit(split.images, split.labels, split.captions, found["tokens"], found["text_mask"], embedding)
+
+
+def encoder_of(denoiser: object) -> TextEncoder:
+    """The encoder that a denoiser carries.
+
+    Raises:
+        ConfigError: it carries none.
+    """
+    encoder: TextEncoder | None = getattr(denoiser, "text_encoder", None)
+    if encoder is None:
+        raise ConfigError("prompt: this model was saved without a text encoder")
+    return encoder
