@@ -154,6 +154,27 @@ class ClassifierConfig(TrainingConfig):
 
 
 @dataclass
+class AutoencoderConfig(TrainingConfig):
+    """The autoencoder of `space: latent`; levels after the first halve the resolution, so three make f = 4.
+
+    latent_channels, channels, channel_mult, blocks: see `fewstep.models.Autoencoder`. error: "l1" or "l2", of pixels.
+    kl: weight of the mean KL to N(0, I) per latent number. chunk: images in a file of latents.
+    """
+
+    kind: str = "autoencoder"
+    updates: int = 4000
+    anneal: str = "linear"
+    ema_half_life: float = 0.05
+    latent_channels: int = 4
+    channels: int = 32
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 2])
+    blocks: int = 1
+    error: str = "l1"
+    kl: float = 1e-3
+    chunk: int = 500
+
+
+@dataclass
 class TeacherConfig(TrainingConfig):
     """Ordinary training of the denoiser, its condition dropped with probability `cond_drop`."""
 
@@ -489,6 +510,7 @@ class ReportConfig(StageConfig):
 
 STAGES: dict[str, type[StageConfig]] = {
     "classifier": ClassifierConfig,
+    "autoencoder": AutoencoderConfig,
     "teacher": TeacherConfig,
     "convert": ConvertConfig,
     "guide": GuideConfig,
@@ -525,6 +547,7 @@ class Config:
     schedule: dict[str, Any] = field(default_factory=lambda: {"type": "Cosine"})
     prediction: str = "v"
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    space: str | None = None  # "latent": denoisers work on the latents of the stage of kind autoencoder
     text: TextConfig | None = None
     stages: dict[str, Any] = field(default_factory=dict)
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"result": False})

@@ -16,7 +16,7 @@ from fewstep.lab.sample import parse_classes, require, steps_for, weight_for
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fewstep.models import NetworkDenoiser
+    from fewstep.models import Autoencoder, NetworkDenoiser
 
 MOST_COLUMNS = 20  # of the grid: image above, result below
 WEIGHT = "guidance weight; 0 is none (scale is 1 + w); default: 1, or 0 for a student distilled without w"
@@ -95,23 +95,30 @@ def _sampled(args: argparse.Namespace, console: Console, function: Callable[...,
 
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.latents import autoencoder_of, decode, encode, latent_mask
     from fewstep.lab.sampling import SAMPLERS, misuse, own_sampler
     from fewstep.models import load
     from fewstep.schedules import sample_seeds, seeded_noise
 
     device = pick_device(args.device)
-    network = load(args.model, device)
-    given, w = read_images(Path(args.input), shape_of(network)), weight_for(args.w, network)
+    network, autoencoder = load(args.model, device), autoencoder_of(Path(args.model), device)
+    given, w = read_images(Path(args.input), shape_of(network, autoencoder)), weight_for(args.w, network)
     steps = steps_for(args.steps, args.model, network)
     classes = classes_for(args.classes, network, len(given.images), "--classes")
     seeds = sample_seeds(args.seed, 0, torch.arange(len(given.images)))
-    noise = seeded_noise(seeds, given.images.shape[1:])
+    noise = seeded_noise(seeds, shape_of(network))
+    images, mask = encode(autoencoder, given.images), options.get("mask")
+    if mask is not None and autoencoder is not None:
+        options = {**options, "mask": latent_mask(mask, autoencoder)}
     with misuse(console, args.strict), torch.inference_mode():
         made = function(
-            with_guidance(network, w), given.images.to(device), noise.to(device), steps, args.strength,
+            with_guidance(network, w), images.to(device), noise.to(device), steps, args.strength,
             None if classes is None else classes.to(device), w, sampler=SAMPLERS[own_sampler(network.trained)],
             seeds=seeds, **{name: value.to(device) for name, value in options.items()},
         )  # fmt: skip
+    made = decode(autoencoder, made.float().cpu())
+    if mask is not None and autoencoder is not None:  # known pixels bit for bit, which no round trip gives
+        made = torch.where(mask.bool(), made, given.images)
     return _write(args, console, given, made, classes)
 
 
@@ -126,6 +133,7 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
 
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.latents import autoencoder_of, decode, encode
     from fewstep.lab.sampling import misuse
     from fewstep.models import load
     from fewstep.samplers import transfer
@@ -133,7 +141,9 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     device = pick_device(args.device)
     encoder, decoder = load(args.encoder, device), load(args.decoder, device)
     check_encoder(args.encoder, encoder)
-    given = read_images(Path(args.input), shape_of(decoder))
+    autoencoder = autoencoder_of(Path(args.decoder), device)
+    given = read_images(Path(args.input), shape_of(decoder, autoencoder))
+    check_same_latents(args, autoencoder, autoencoder_of(Path(args.encoder), device))
     alike = shape_of(encoder) == shape_of(decoder)
     require(alike, "--encoder", args.encoder, f"for images as {args.decoder} makes them")
     w, steps = weight_for(args.w, decoder), steps_for(args.steps, args.decoder, decoder)
@@ -143,8 +153,14 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     with misuse(console, args.strict), torch.inference_mode():
         own, other = (None if labels is None else labels.to(device) for labels in (source, target))
         pair = with_guidance(encoder, w), with_guidance(decoder, w)
-        made = transfer(*pair, given.images.to(device), steps, own, other, w)
-    return _write(args, console, given, made, target)
+        made = transfer(*pair, encode(autoencoder, given.images).to(device), steps, own, other, w)
+    return _write(args, console, given, decode(autoencoder, made.float().cpu()), target)
+
+
+def check_same_latents(args: argparse.Namespace, ours: Autoencoder | None, theirs: Autoencoder | None) -> None:
+    """Refuse an encoder whose latents, or pixels, the decoder does not know."""
+    alike = (ours and ours.digest) == (theirs and theirs.digest)
+    require(alike, "--encoder", args.encoder, f"of the autoencoder that {args.decoder} has, by its SHA-256")
 
 
 def check_encoder(folder: str, network: NetworkDenoiser) -> None:
@@ -166,10 +182,12 @@ def source_of(args: argparse.Namespace, given: Given, encoder: NetworkDenoiser) 
     return given.classes
 
 
-def shape_of(network: NetworkDenoiser) -> tuple[int, int, int]:
-    """(C, H, W) of the images of a model."""
+def shape_of(network: NetworkDenoiser, autoencoder: Autoencoder | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of what a model works on or, given its autoencoder, of its images."""
     from fewstep.models import Network
 
+    if autoencoder is not None:
+        return autoencoder.image_shape
     return cast(Network, network.network).input_shape
 
 

@@ -3,12 +3,13 @@
 from typing import Any, cast
 
 from fewstep.lab.config import Config, ConfigError, NetworkConfig, StudentNetworkConfig
+from fewstep.lab.latents import sample_shape
 from fewstep.models import PRESETS, NetworkDenoiser, build_network, init_from, with_guidance_input
 from fewstep.schedules import Prediction, schedule_from_config
 
 
-def build_denoiser(config: Config, network: NetworkConfig) -> NetworkDenoiser:
-    """A freshly initialised denoiser of the experiment's data, schedule and prediction, on the CPU.
+def build_denoiser(config: Config, network: NetworkConfig, prediction: Prediction | None = None) -> NetworkDenoiser:
+    """A freshly initialised denoiser of the experiment's data, schedule and (by default) prediction, on the CPU.
 
     Raises:
         ConfigError: unknown type, preset or override, or one that contradicts the data.
@@ -18,7 +19,8 @@ def build_denoiser(config: Config, network: NetworkConfig) -> NetworkDenoiser:
         built = build_network(arguments)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"network: {error}") from error
-    return NetworkDenoiser(built, schedule_from_config(config.schedule), cast(Prediction, config.prediction))
+    predicts = prediction or cast(Prediction, config.prediction)
+    return NetworkDenoiser(built, schedule_from_config(config.schedule), predicts)
 
 
 def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
     known = {"num_classes": data.num_classes} if config.text is None else {
         "num_classes": None, "text_width": config.text.width
     }  # fmt: skip
-    sizes = {"image_size": data.image_size, "in_channels": data.channels, **known}
+    channels, size, _ = sample_shape(config)
+    sizes = {"image_size": size, "in_channels": channels, **known}
     for key, size in sizes.items():
         if network.overrides.get(key, size) != size:
             raise ConfigError(f"network.overrides.{key}={network.overrides[key]}: {data.name} has {size}")

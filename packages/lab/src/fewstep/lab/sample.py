@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from fewstep.lab.cluster.config import ClusterConfig
     from fewstep.lab.sampling import SampleSpec
-    from fewstep.models import NetworkDenoiser
+    from fewstep.models import Autoencoder, NetworkDenoiser
     from fewstep.schedules import Denoiser
 
 MOST_COLUMNS = 20  # of a grid with a column per class
@@ -61,6 +62,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.cluster.choice import chosen
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.latents import autoencoder_of
     from fewstep.lab.sampling import misuse
     from fewstep.models import load
 
@@ -74,7 +76,8 @@ def command(args: argparse.Namespace, console: Console) -> int:
         return _send(args, spec, cluster, console)
     with misuse(console, args.strict):
         denoiser = with_guidance(network, spec.w)
-        images = torch.cat(list(sample(denoiser, spec, args.num, device, console))).clamp(-1, 1)
+        made = list(sample(denoiser, spec, args.num, device, console))
+    images = torch.cat(decoded(autoencoder_of(Path(args.model), device), made, console)).clamp(-1, 1)
     write(Path(args.out), images, spec, args.model, every_image=args.png)
     console.print(f"{Path(args.out) / 'grid.png'}  {Path(args.out) / 'samples.safetensors'}")
     return 0
@@ -181,6 +184,19 @@ def sample(denoiser: Denoiser, spec: SampleSpec, num: int, device: torch.device,
             progress.advance(f"{spec.sampler} {spec.steps} w={spec.w:g}", stop - start, 1, shard.seconds)
             yield shard.images
         console.print(f"{num} images, {num / max(progress.seconds, 1e-9):,.0f} images/s")
+
+
+def decoded(autoencoder: Autoencoder | None, made: list[Tensor], console: Console) -> list[Tensor]:
+    """The chunks as images (B, C, H, W), not clamped; what decoding cost is said beside what sampling did."""
+    from fewstep.lab.latents import decode
+
+    if autoencoder is None:
+        return made
+    began = time.perf_counter()
+    images = [decode(autoencoder, latents) for latents in made]
+    seconds = max(time.perf_counter() - began, 1e-9)
+    console.print(f"decoded at {sum(map(len, images)) / seconds:,.0f} images/s, which the speed above leaves out")
+    return images
 
 
 def write(out: Path, images: Tensor, spec: SampleSpec, model: str, *, every_image: bool) -> None:

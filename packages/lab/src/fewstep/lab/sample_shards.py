@@ -16,7 +16,8 @@ from rich.console import Console
 from fewstep.lab.config import ConfigError
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
-from fewstep.lab.sample import write
+from fewstep.lab.latents import autoencoder_of
+from fewstep.lab.sample import decoded, write
 from fewstep.lab.sampling import SampleSpec, knowingly, timed_chunk
 from fewstep.lab.shards import ShardCache
 
@@ -82,7 +83,7 @@ class Collecting:
         Raises:
             ConfigError: one is missing or damaged.
         """
-        spec, (_, key) = self.samples.spec, self.samples.place()
+        spec, (model, key) = self.samples.spec, self.samples.place()
         images = []
         for start, end in spec.ranges(self.samples.num):
             chunk = self.samples.cache.get(key, start, end)
@@ -91,6 +92,7 @@ class Collecting:
                 raise ConfigError(f"{path}: missing or damaged; run the same `fewstep sample` again")
             images.append(chunk.images)
         out = Path(self.samples.out)
+        images = decoded(autoencoder_of(Path(self.samples.model), model.device), images, console)
         write(out, torch.cat(images).clamp(-1, 1), spec, self.samples.model, every_image=self.every_image)
         console.print(f"{out / 'grid.png'}  {out / 'samples.safetensors'}", markup=False)
         return True

@@ -6,6 +6,7 @@ from fewstep.lab.checks import check_range, check_schedule, check_weight, near, 
 from fewstep.lab.cluster.config import problem
 from fewstep.lab.config import (
     STAGES,
+    AutoencoderConfig,
     ClassifierConfig,
     CompareConfig,
     Config,
@@ -25,7 +26,8 @@ from fewstep.lab.config import (
 from fewstep.lab.data import CAPTIONED, check_data
 from fewstep.lab.text import TOKENIZERS
 from fewstep.lab.validate_grid import check_grid, check_invert, halvings
-from fewstep.lab.validate_moments import ADAPTIVE, check_compare, check_convert, check_moments, check_sweep
+from fewstep.lab.validate_latents import check_autoencoder, check_space
+from fewstep.lab.validate_moments import ADAPTIVE, TEACHERS, check_compare, check_convert, check_moments, check_sweep
 
 
 def validate(config: Config) -> None:
@@ -44,6 +46,7 @@ def validate(config: Config) -> None:
     wrong = problem(config.cluster)
     if wrong is not None:
         raise ConfigError(wrong)
+    check_space(config)
     for name, stage in config.stages.items():
         _check_stage(f"stages.{name}", stage, config)
 
@@ -120,12 +123,14 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         positive(key, stage, "width")
         require(stage.max_shift >= 0, f"{key}.max_shift", stage.max_shift, "0 or more pixels")
         require(stage.noise >= 0, f"{key}.noise", stage.noise, "0 or more")
+    if isinstance(stage, AutoencoderConfig):
+        check_autoencoder(key, stage, config)
     if isinstance(stage, TeacherConfig):
         require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
     if isinstance(stage, ConvertConfig):
         check_convert(key, stage, config)
     if isinstance(stage, GuideConfig):
-        needs_one(key, stage, config, "teacher")
+        needs_one(key, stage, config, *TEACHERS)
         check_range(f"{key}.w_range", stage.w_range)
         one_of(f"{key}.guidance_form", stage.guidance_form, ("normalized", "diffusers"))
     if isinstance(stage, HalveConfig):
@@ -199,8 +204,9 @@ def _check_evaluate(key: str, stage: EvaluateConfig, config: Config) -> None:
         one_of(f"{key}.{name}.sampler", sampler.sampler, ("ddim", "dpmpp_2m", "heun"))
         positive(f"{key}.{name}", sampler, "steps")
     kinds = [config.stages[need].kind for need in stage.needs]
-    for kind in ("classifier", "teacher", "guide", "halve"):
-        require(kind in kinds, f"{key}.needs", stage.needs, f"with a stage of kind {kind}")
+    for accepted in (("classifier",), TEACHERS, ("guide",), ("halve",)):
+        right = f"with a stage of kind {' or '.join(accepted)}"
+        require(any(kind in kinds for kind in accepted), f"{key}.needs", stage.needs, right)
     students = [found for found in halvings(stage, config).values() if found.students != "encoder"]
     require(bool(students), f"{key}.needs", stage.needs, "with a stage of kind halve that is not of encoders")
     judged = students[0].steps

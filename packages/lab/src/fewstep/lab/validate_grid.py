@@ -2,6 +2,7 @@
 
 from fewstep.lab.checks import needs_one, one_of, positive, require
 from fewstep.lab.config import Config, GridConfig, HalveConfig, InvertConfig, StageConfig
+from fewstep.lab.validate_moments import TEACHERS
 
 MEASURES = ("fid_heldout", "paired_error")
 
@@ -13,8 +14,8 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
     _check_weights(key, stage.weights)
     one_of(f"{key}.reference.sampler", stage.reference.sampler, ("ddim", "dpmpp_2m", "heun"))
     positive(f"{key}.reference", stage.reference, "steps")
-    for kind in ("classifier", "teacher"):
-        needs_one(key, stage, config, kind)
+    needs_one(key, stage, config, "classifier")
+    needs_one(key, stage, config, *TEACHERS)
     students = {name: found for name, found in halvings(stage, config).items() if found.students != "encoder"}
     require(bool(students), f"{key}.needs", stage.needs, "with a stage of kind halve that is not of encoders")
     for i, target in enumerate(stage.targets):

@@ -13,11 +13,13 @@ from torch import Tensor
 from fewstep.lab.context import Interrupted
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.latents import decode
 from fewstep.lab.metrics import Features, Moments, extract, squared_errors
 from fewstep.lab.progress import SamplingProgress
 from fewstep.lab.sampling import SampleSpec, knowingly, nfe_of, sample_shards, timed_chunk
 from fewstep.lab.shards import Shard, ShardCache
 from fewstep.lab.workers import spread
+from fewstep.models import Autoencoder
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Samples:
     chunk: int
     device: torch.device
     workers: int = 1
+    autoencoder: Autoencoder | None = None
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _features: dict[Draw, Features] = field(default_factory=dict)
     _seconds: dict[Draw, float] = field(default_factory=dict)
@@ -76,9 +79,9 @@ class Samples:
             raise Interrupted(f"evaluate: stopped with {made} of {len(missing)} chunks sampled; they are kept")
 
     def batches(self, draw: Draw, count: int) -> Iterator[Tensor]:
-        """Samples 0, ..., count - 1 in chunks (B, C, H, W), not clamped."""
+        """Samples 0, ..., count - 1 in chunks (B, C, H, W), decoded where they are latents, not clamped."""
         for shard, _ in self._shards(draw):
-            yield shard.images[:count]
+            yield decode(self.autoencoder, shard.images[:count])
             count -= len(shard.images)
             if count <= 0:
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fewstep.lab.config import EvaluateConfig
 from fewstep.lab.evaluation.plan import Plan
 from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.latents import decode
 from fewstep.lab.sampling import SAMPLERS
 from fewstep.schedules import Denoiser
 
@@ -66,8 +68,11 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
     for name, other in beside.items():
         denoiser = samples.models[other.models[options.headline]].denoiser
         jobs[name] = run(other.sampler, denoiser, options.headline, plan.some_w(other))
+    if samples.autoencoder is not None:
+        jobs["decoding"] = partial(decode, samples.autoencoder, noise)
     with torch.inference_mode():
         seconds = interleaved_medians(jobs, options.timing.repeats, samples.device)
+    decoding = seconds.pop("decoding", 0.0)
     whole = seconds["teacher"] * options.truth.steps / timed
     evaluations = samples.nfe(plan.truth(w))
     return {
@@ -80,6 +85,7 @@ def _of_batch(samples: Samples, plan: Plan, batch: int) -> dict[str, Any]:
         },
         "students": [_speed_up(options, steps, seconds[str(steps)], whole, evaluations) for steps in options.steps],
         "others": [{"stage": name, "steps": options.headline, "seconds": seconds[name]} for name in beside],
+        "decoding": decoding,  # of latents, in none of the other seconds
         "overhead": _overhead(samples, plan, noise, cond, w),
     }  # fmt: skip
 

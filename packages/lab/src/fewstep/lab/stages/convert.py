@@ -25,4 +25,4 @@ def run(ctx: StageContext) -> None:
     compile_networks(ctx, converted)
     method = DenoiserTraining(converted, converted.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)
     fit(ctx, method, seed=seed)
-    save_model(converted, ctx.out)
+    save_model(ctx, converted)

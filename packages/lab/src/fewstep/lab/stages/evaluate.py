@@ -25,10 +25,12 @@ from fewstep.lab.evaluation.plan import Draw, Plan, Students
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.verdict import targets
 from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.latents import run_autoencoder, sample_shape
 from fewstep.lab.metrics import register_judge
 from fewstep.lab.sampling import knowingly, own_sampler
 from fewstep.lab.shards import ShardCache
 from fewstep.lab.stages.results import header, made_with, say_targets, write_results
+from fewstep.lab.validate_moments import TEACHERS
 from fewstep.lab.workers import default_workers
 
 NOISES_SHOWN = 2  # images per class in the report's grids
@@ -53,7 +55,7 @@ def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Mo
     `validate` has made sure that `needs` holds every kind.
     """
     stage: EvaluateConfig = ctx.stage
-    (teacher, *_), (guide, *_) = (ctx.inputs_of_kind(kind) for kind in ("teacher", "guide"))
+    (teacher, *_), (guide, *_) = ctx.inputs_of_kind(*TEACHERS), ctx.inputs_of_kind("guide")
     first, *others = (name for name in ctx.inputs_of_kind("halve") if ctx.config.stages[name].students != "encoder")
     folders = {name: ctx.inputs[name] / "model" for name in (teacher, guide)}
     for name in (first, *others):
@@ -79,12 +81,13 @@ def samples_of(
         models=models,
         cache=ShardCache(ctx.out / "cache"),
         judge=register_judge("fewstep-judge", partial(_look, classifier, ctx.device)),
-        shape=(config.channels, config.image_size, config.image_size),
+        shape=sample_shape(ctx.config),
         classes=tuple(range(config.num_classes)) if ctx.config.text is None else (),
         seed=ctx.stage.seed,
         chunk=ctx.stage.chunk,
         device=ctx.device,
         workers=ctx.stage.workers or default_workers(ctx.device),
+        autoencoder=run_autoencoder(ctx.config, ctx.device),
         prompts=prompts or {},
     )
 

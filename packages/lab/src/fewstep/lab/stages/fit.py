@@ -8,7 +8,8 @@ from fewstep.distill import Method
 from fewstep.lab import distributed
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import Order, load_data
+from fewstep.lab.data import Order
+from fewstep.lab.latents import give_autoencoder, training_split
 from fewstep.lab.stored import TargetStore, open_store
 from fewstep.lab.text import for_method
 from fewstep.lab.train import Trainer, mix
@@ -42,7 +43,7 @@ def fit(
     """
     if ctx.instead is not None:
         return ctx.instead(method, seed)
-    split = for_method(load_data(ctx.config.data).train, method)
+    split = for_method(training_split(ctx.config, ctx.stage), method)
     trainer = Trainer(
         method,
         split,
@@ -74,10 +75,12 @@ def _stored(ctx: StageContext, method: Method, order: Order) -> TargetStore | No
     return store
 
 
-def save_model(denoiser: NetworkDenoiser, out: Path) -> None:
-    """Write `out/model`; by the first process alone, since all hold the same weights."""
+def save_model(ctx: StageContext, denoiser: NetworkDenoiser, out: Path | None = None) -> None:
+    """Write `out/model` (the stage's own by default); by the first process alone, since all hold the same weights."""
     if distributed.is_main():
-        save(denoiser.eval(), out / "model")
+        model = (out or ctx.out) / "model"
+        save(denoiser.eval(), model)
+        give_autoencoder(ctx.config, model)
     distributed.barrier()
 
 

@@ -18,6 +18,7 @@ from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.evaluate import samples_of, students_of
 from fewstep.lab.stages.results import header, made_with, say_targets, tidy, write_results
+from fewstep.lab.validate_moments import TEACHERS
 
 KID_SUBSETS = 1  # KID is not part of the grid
 
@@ -49,7 +50,7 @@ def run(ctx: StageContext) -> None:
 
 def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
     """What is to be measured, and the models by their names; encoders are no samplers and left out."""
-    ((teacher, folder),) = ctx.inputs_of_kind("teacher").items()
+    ((teacher, folder),) = ctx.inputs_of_kind(*TEACHERS).items()
     models, students = {teacher: Model(folder / "model", ctx.device)}, []
     for name, folder in ctx.inputs_of_kind("halve").items():
         stage = ctx.config.stages[name]

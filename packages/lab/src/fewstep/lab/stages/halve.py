@@ -16,7 +16,7 @@ from fewstep.distill.progressive import Kind
 from fewstep.lab import distributed, record
 from fewstep.lab.config import HalveConfig
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import load_data
+from fewstep.lab.latents import training_split
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
 from fewstep.lab.text import for_method
@@ -51,7 +51,7 @@ def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -
         compile_networks(ctx, teacher, student)
         updates = stage.updates_at.get(steps, stage.updates)
         fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
-    save_model(student, out)
+    save_model(ctx, student, out)
     if distributed.is_main():
         record.finish(out, time.monotonic() - began)
     distributed.barrier()
@@ -70,7 +70,7 @@ def _method(
 @torch.no_grad()
 def _assert_nothing_to_learn(ctx: StageContext, method: Halving, seed: int) -> None:
     """The student, a copy of its teacher, answers with its targets: the loss of a batch is 0 but for rounding."""
-    split = for_method(load_data(ctx.config.data).train, method).to(ctx.device)
+    split = for_method(training_split(ctx.config, ctx.stage), method).to(ctx.device)
     first = torch.arange(min(len(split), ctx.stage.batch_size), device=ctx.device)
     x, cond = split.take(first)
     _, logs = method.loss(method.draw(x, cond, sample_seeds(seed, 0, first), 0), 0)
@@ -82,7 +82,7 @@ def _student(ctx: StageContext, teacher: NetworkDenoiser, first: bool) -> Networ
     network = own_network(ctx.config, ctx.stage.student.network) if first else None
     student = copy.deepcopy(teacher)
     if network is not None:
-        own = build_denoiser(ctx.config, network).to(ctx.device)
+        own = build_denoiser(ctx.config, network, teacher.prediction).to(ctx.device)
         student = guided_student(teacher, own, config_of(teacher)["guidance"]["form"], _range_of(teacher))
     return with_dropout(student, ctx.stage.dropout).to(ctx.device).requires_grad_(True)
 

@@ -23,7 +23,8 @@ from fewstep.lab import distributed, record
 from fewstep.lab.checkpoint import load_latest
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import Order, load_data
+from fewstep.lab.data import Order
+from fewstep.lab.latents import training_split
 from fewstep.lab.networks import config_of, on_schedule, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything, stage_seed
 from fewstep.lab.text import conditioned
@@ -51,7 +52,7 @@ def _distil(ctx: StageContext, steps: int, out: Path) -> None:
     method = (_alternating if stage.method == "alternating" else _instant)(ctx, teacher, student, steps)
     updates = stage.updates_at.get(steps, stage.updates)
     fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
-    save_model(student, out)
+    save_model(ctx, student, out)
     if distributed.is_main():
         record.finish(out, time.monotonic() - began)
     distributed.barrier()
@@ -133,7 +134,7 @@ def _preconditioner(ctx: StageContext, teacher: NetworkDenoiser, steps: int) -> 
 
 def _batches(ctx: StageContext, teacher: NetworkDenoiser) -> Iterator[tuple[Tensor, Cond, Tensor]]:
     """Images, conditions and seeds for the preconditioner."""
-    split = conditioned(load_data(ctx.config.data).train, teacher).to(ctx.device)
+    split = conditioned(training_split(ctx.config, ctx.stage), teacher).to(ctx.device)
     seed = stage_seed(ctx, PRECONDITIONER)
     order = Order(len(split), ctx.stage.batch_size, seed)
     for n in range(ctx.stage.preconditioner_batches):

@@ -26,4 +26,4 @@ def run(ctx: StageContext) -> None:
     fit(ctx, method, seed=seed)
     if isinstance(trained, Prompted):
         denoiser.use_text_encoder(trained.encoder)
-    save_model(denoiser, ctx.out)
+    save_model(ctx, denoiser)

@@ -1,0 +1,154 @@
+"""Latents in the place of images: made once by the run's autoencoder, kept on disk, decoded after sampling.
+
+`space: latent` has every denoiser trained on what the stage of kind autoencoder left in `latents/`: shards of latents
+with checksums, and an index that names the autoencoder by its own. A model's folder holds a copy of that autoencoder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.lab.checkpoint import write_text
+from fewstep.lab.config import AutoencoderConfig, ClassifierConfig, Config, ConfigError, StageConfig
+from fewstep.lab.data import Split, load_data
+from fewstep.lab.shards import Shard, read_shard, write_shard
+from fewstep.models import Autoencoder
+
+FORMAT = 1
+LATENT = "latent"
+FOLDER, INDEX, INSIDE = "latents", "index.json", "autoencoder"
+
+
+def autoencoder_stage(config: Config) -> AutoencoderConfig | None:
+    """The stage whose latents take the place of images; None in pixel space."""
+    if config.space != LATENT:
+        return None
+    return next(stage for stage in config.stages.values() if isinstance(stage, AutoencoderConfig))
+
+
+def sample_shape(config: Config) -> tuple[int, int, int]:
+    """(C, H, W) of what denoisers work on: of the images or, in latent space, of the latents."""
+    data, stage = config.data, autoencoder_stage(config)
+    if stage is None:
+        return data.channels, data.image_size, data.image_size
+    size = data.image_size // 2 ** (len(stage.channel_mult) - 1)
+    return stage.latent_channels, size, size
+
+
+def training_split(config: Config, stage: StageConfig) -> Split:
+    """What a stage trains on: images or, a denoiser's in latent space, their latents.
+
+    Raises:
+        ConfigError: the latents are missing or damaged, or were made with another autoencoder.
+    """
+    split, source = load_data(config.data).train, autoencoder_stage(config)
+    if source is None or isinstance(stage, ClassifierConfig | AutoencoderConfig):
+        return split
+    folder = Path(config.out) / source.name
+    return read_latents(folder / FOLDER / "train", split, Autoencoder.load(folder / "model").digest)
+
+
+def give_autoencoder(config: Config, model: Path) -> None:
+    """Put the run's autoencoder, in latent space, beside the weights in a model's folder: it can be sampled alone."""
+    source = autoencoder_stage(config)
+    if source is not None:
+        shutil.copytree(Path(config.out) / source.name / "model", model / INSIDE, dirs_exist_ok=True)
+
+
+def autoencoder_of(model: Path, device: torch.device) -> Autoencoder | None:
+    """The autoencoder in a model's folder; None if the model works on images."""
+    return Autoencoder.load(model / INSIDE, device) if (model / INSIDE).is_dir() else None
+
+
+def run_autoencoder(config: Config, device: torch.device) -> Autoencoder | None:
+    """The run's own; None in pixel space."""
+    source = autoencoder_stage(config)
+    return None if source is None else Autoencoder.load(Path(config.out) / source.name / "model", device)
+
+
+@torch.inference_mode()
+def decode(autoencoder: Autoencoder | None, latents: Tensor) -> Tensor:
+    """Images (B, C, H, W) float32 on the CPU, not clamped; the latents themselves where there is no autoencoder."""
+    if autoencoder is None:
+        return latents
+    return autoencoder.decode(latents.to(autoencoder.shift.device)).float().cpu()
+
+
+def encode(autoencoder: Autoencoder | None, images: Tensor) -> Tensor:
+    """Latents of images (B, C, H, W); the images themselves where there is no autoencoder."""
+    return images if autoencoder is None else torch.cat(list(means(autoencoder, images, len(images))))
+
+
+def latent_mask(mask: Tensor, autoencoder: Autoencoder) -> Tensor:
+    """1 at every latent position of which any pixel is to be painted. Shape: mask (1, 1, H, W) -> (1, 1, H / f, W / f).
+
+    Raises:
+        ConfigError: a mask of another size than the images, or neither black nor white somewhere.
+    """
+    found, size = tuple(mask.shape[-2:]), autoencoder.image_shape[1:]
+    if found != size:
+        raise ConfigError(f"--mask: has {found} pixels, must have the images' {size}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ConfigError("--mask: must be black and white, with nothing between")
+    return F.max_pool2d(mask, autoencoder.factor)
+
+
+@torch.inference_mode()
+def means(autoencoder: Autoencoder, images: Tensor, chunk: int) -> Iterator[Tensor]:
+    """The posterior's means (B, C, H, W) float32 on the CPU, of `chunk` images (N, ...) at a time."""
+    for part in images.split(chunk):
+        yield autoencoder.encode(part.to(autoencoder.shift.device)).mean.float().cpu()
+
+
+def write_latents(folder: Path, autoencoder: Autoencoder, images: Tensor, chunk: int) -> None:
+    """Keep the latents of these images (N, C, H, W): shards of `chunk`, and last the index that names the autoencoder.
+
+    What is kept are the posterior's means: the decoder has learned to bear its spread around them.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    for i, latents in enumerate(means(autoencoder, images, chunk)):
+        write_shard(_shard(folder, i), Shard(latents, time.perf_counter() - began))
+        began = time.perf_counter()
+    index = {"format": FORMAT, "autoencoder": autoencoder.digest, "count": len(images), "chunk": chunk}
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def read_latents(folder: Path, split: Split, digest: str) -> Split:
+    """The split with latents in the place of its images.
+
+    digest: of the autoencoder that is to decode what is learned from them.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the latents are another autoencoder's or of other images.
+    """
+    again = f"delete {folder.parent.parent} and run again"
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        made, count, chunk = index["autoencoder"], index["count"], index["chunk"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / INDEX}: missing or damaged ({error}); {again}") from error
+    if made != digest:
+        text = f"{folder}: latents of another autoencoder (SHA-256 {made[:12]}, the run's is {digest[:12]})"
+        raise ConfigError(f"{text}; {again}")
+    if count != len(split):
+        raise ConfigError(f"{folder}: latents of {count} images, the data set has {len(split)}; {again}")
+    found = [read_shard(_shard(folder, i)) for i in range(-(-count // chunk))]
+    missing = [str(_shard(folder, i)) for i, shard in enumerate(found) if shard is None]
+    if missing:
+        raise ConfigError(f"{missing[0]}: missing or damaged; {again}")
+    return replace(split, images=torch.cat([shard.images for shard in found if shard is not None]))
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
