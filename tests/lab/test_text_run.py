@@ -56,6 +56,7 @@ def prompted() -> Prompted:
     return made.eval()
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_with_the_teacher_and_is_frozen_after(run: Path) -> None:
     """A student that trains its own encoder, or is saved without one, answers other prompts than its teacher."""
     found = [load(run / name / "model") for name in ("teacher", "guide", "halve/steps_2", "halve/steps_1")]
@@ -67,6 +68,7 @@ def test_the_encoder_learns_with_the_teacher_and_is_frozen_after(run: Path) -> N
     assert encoders[0].norm_out.weight.sub(1).abs().max() > 1e-4  # it starts at 1 everywhere
 
 
+@pytest.mark.slow
 def test_the_grid_says_how_many_captions_hold(run: Path) -> None:
     """For every cell, of seen and of unseen combinations, with intervals; class accuracy has no place there."""
     results: dict[str, Any] = json.loads((run / "grid" / "results.json").read_text())
@@ -82,6 +84,7 @@ def test_the_grid_says_how_many_captions_hold(run: Path) -> None:
     assert "class accuracy" not in text
 
 
+@pytest.mark.slow
 def test_prompts_on_the_command_line(run: Path, tmp_path: Path) -> None:
     """Taken in turn, those of the file last, as a person would make them in a notebook from the model's folder."""
     model = run / "halve" / "steps_2" / "model"
@@ -97,6 +100,7 @@ def test_prompts_on_the_command_line(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(out / "samples.safetensors")["images"], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,6 +9,7 @@ import torch
 from fewstep.lab.checks import one_of, require
 from fewstep.lab.config import ConfigError, DataConfig, ShapesConfig
 from fewstep.lab.data import Data, Split
+from fewstep.lab.image_folder import check_folder, load_folder
 from fewstep.lab.shapes import World, caption, render, sample_scenes
 from fewstep.lab.shapes.captions import DRAWS
 from fewstep.lab.shapes.scene import COLOURS, COMPOSITION, HELDOUT, RADII, SHAPES, SIDE, TRAIN
@@ -23,6 +24,8 @@ def check_captioned(config: DataConfig) -> None:
     Raises:
         ConfigError: names key, value and what would be right.
     """
+    if config.name == "image_folder_with_captions":
+        return check_folder(config)
     shapes = _shapes(config)
     for key, right in (("image_size", SIDE), ("channels", 3)):
         require(getattr(config, key) == right, f"data.{key}", getattr(config, key), f"{right} for {config.name}")
@@ -49,6 +52,8 @@ def check_captioned(config: DataConfig) -> None:
 
 def load_captioned(config: DataConfig) -> Data:
     """The splits of a captioned data set that `check_captioned` has passed; the last one made is kept."""
+    if config.name == "image_folder_with_captions":
+        return load_folder(config)
     shapes = _shapes(config)
     return _captioned_shapes(world_of(shapes), shapes.seed, shapes.count, config.heldout, shapes.composition)
 

@@ -41,11 +41,24 @@ class ShapesConfig:
 
 
 @dataclass
+class FolderConfig:
+    """Images of a folder and what is said of them.
+
+    path: the folder. captions: a file in it (or an absolute path) with one JSON object per line: "file" (below `path`),
+    "text", and if wanted "group" (images of one group are never on both sides of the split) and "class" (a name; what
+    the judge tells apart).
+    """
+
+    path: str = MISSING
+    captions: str = "captions.jsonl"
+
+
+@dataclass
 class DataConfig:
     """Where images come from; `heldout` images are kept from every training stage.
 
     num_classes: what the judge tells apart; of captioned images only the judge sees classes. shapes: of
-    captioned_shapes alone.
+    captioned_shapes alone. folder: of image_folder_with_captions alone.
     """
 
     name: str = "digits"
@@ -54,6 +67,7 @@ class DataConfig:
     num_classes: int = 10
     heldout: int = 450
     shapes: ShapesConfig | None = None
+    folder: FolderConfig | None = None
 
 
 @dataclass

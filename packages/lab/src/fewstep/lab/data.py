@@ -74,7 +74,7 @@ KNOWN = {
     "digits16": Known(image_size=16, channels=1, num_classes=10, count=1797, load=_digits16),
 }
 
-CAPTIONED = ("captioned_shapes",)  # by `fewstep.lab.captioned`
+CAPTIONED = ("captioned_shapes", "image_folder_with_captions")  # by `fewstep.lab.captioned`
 
 
 def load_data(config: DataConfig) -> Data:

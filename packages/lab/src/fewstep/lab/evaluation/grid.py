@@ -46,13 +46,15 @@ class Cell:
 class Grid:
     """What is to be measured. teacher: name of its model. students: each stage's, with what they are for.
 
-    composition: samples per cell of prompts with unseen combinations; 0 for data without.
+    composition: samples per cell of prompts with unseen combinations; 0 for data without. checked: whether a checker
+    knows what the prompts mean.
     """
 
     options: GridConfig
     teacher: str
     students: tuple[tuple[Students, str], ...]
     composition: int = 0
+    checked: bool = False
 
     def reference(self, w: float) -> Draw:
         """The teacher as paired errors take it for the truth."""
@@ -102,7 +104,7 @@ def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: d
     options = grid.options
     seeds = [_measured(samples, draw, options.num_samples, reference) for draw in cell.draws(options.sampling_seeds)]
     values = {name: [seed[name] for seed in seeds] for name in seeds[0]}
-    aligned = {} if not samples.prompts else {
+    aligned = {} if not grid.checked else {
         "alignment": alignment(samples, cell.draws(options.sampling_seeds), options.num_samples),
         "unseen": alignment(samples, [cell.of_unseen], grid.composition) if grid.composition else None,
     }  # fmt: skip

@@ -53,7 +53,7 @@ def measures(results: Results) -> tuple[Measured, ...]:
     """What these results measure: for prompts, whether they hold takes the place of class accuracy."""
     first = results["rows"][0]
     if "alignment" not in first:
-        return MEASURES
+        return tuple(m for m in MEASURES if m.key == "paired_error" or m.key in first["mean"])
     fid, score, _, paired = MEASURES
     there = [m for m in ALIGNMENT if (first["unseen"] if m.key == UNSEEN else m.key in first["alignment"])]
     return (fid, score, *there, paired)

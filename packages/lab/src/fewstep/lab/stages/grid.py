@@ -57,9 +57,10 @@ def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
         if stage.students != "encoder":
             models |= {f"{name}/steps_{n}": Model(folder / f"steps_{n}" / "model", ctx.device) for n in stage.steps}
             students.append((students_of(ctx, name, models), stage.students))
-    shapes = ctx.config.data.shapes
-    unseen = 0 if ctx.config.text is None or shapes is None else min(shapes.composition, ctx.stage.num_samples)
-    return Grid(ctx.stage, teacher, tuple(students), unseen), models
+    data = ctx.config.data
+    checked = data.name == "captioned_shapes"
+    unseen = min(data.shapes.composition, ctx.stage.num_samples) if checked and data.shapes is not None else 0
+    return Grid(ctx.stage, teacher, tuple(students), unseen, checked), models
 
 
 def prompts_of(data: Data) -> dict[str, tuple[str, ...]]:

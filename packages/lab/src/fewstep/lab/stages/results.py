@@ -10,14 +10,14 @@ from typing import Any
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.config import DataConfig
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import CAPTIONED
 from fewstep.lab.evaluation import FORMAT
 from fewstep.lab.evaluation.circumstances import circumstances
 
 
 def features_of(config: DataConfig) -> str:
     """Whose features distances are measured in."""
-    return f"{'shape' if config.name in CAPTIONED else 'digit'}-classifier features, not Inception"
+    judge = {"captioned_shapes": "shape", "image_folder_with_captions": "image"}.get(config.name, "digit")
+    return f"{judge}-classifier features, not Inception"
 
 
 def header(ctx: StageContext, **sizes: int) -> dict[str, Any]:
