@@ -28,7 +28,7 @@ TEACHER = [
     "stages.teacher.checkpoint_updates=40", "stages.teacher.checkpoint_seconds=0",
 ]  # fmt: skip
 SITE = ["cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_node=1", "cluster.time=60"]
-PATIENCE = 300.0  # seconds; nothing is timed, this only ends a test that hangs
+PATIENCE = 600.0  # seconds; nothing is timed, this only ends a test that hangs
 
 
 class Cluster:

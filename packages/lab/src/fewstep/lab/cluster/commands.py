@@ -133,6 +133,7 @@ def _end(submission: Submission) -> list[str]:
     if submission.kind == "local":
         processes = dict.fromkeys(job.id for job in submission.jobs if alive(submission, job))
         for process in processes:
+            (submission.logs / f"{process}.cancelled").touch()
             os.kill(int(process), signal.SIGTERM)
         return list(processes)
     rows = queue_of(submission)

@@ -167,8 +167,9 @@ def _shard_parts(submission: Submission, job: Job, rows: Mapping[str, Row] | Non
 def _local_part(submission: Submission, job: Job, progress: Progress, *, waits: bool) -> Part:
     """A stage of a run in one process: the first one that is not done is the one at work."""
     if not alive(submission, job):
-        error = last_error(submission, job.id)
-        return Part(job.stage, job.id, FAILED, progress=replace(progress, left=None), error=error)
+        state = CANCELLED if (submission.logs / f"{job.id}.cancelled").exists() else FAILED
+        error = "" if state == CANCELLED else last_error(submission, job.id)
+        return Part(job.stage, job.id, state, progress=replace(progress, left=None), error=error)
     return Part(job.stage, job.id, PENDING if waits else RUNNING, progress=progress)
 
 

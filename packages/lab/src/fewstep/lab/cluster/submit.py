@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -128,7 +129,7 @@ def send(
     sharded: bool = False,
 ) -> Job:
     """Send one job, an array where there are several pieces of `work`, that starts once those of `after` succeeded."""
-    executor = submitit.SlurmExecutor(submission.logs, python=cluster.python)
+    executor = submitit.SlurmExecutor(submission.logs, python=patient(cluster.python or shlex.quote(sys.executable)))
     executor.update_parameters(**parameters(submission, cluster, stage, after, training=training))
     with redirect_stderr(StringIO()):  # sbatch's words are in the error that submitit raises, too
         first, *_ = executor.submit_array(list(work)) if len(work) > 1 else [executor.submit(work[0])]
@@ -137,6 +138,11 @@ def send(
     job = Job(stage, identity, job_name(submission, stage), tasks, len(work) if sharded else 0)
     _keep(submission, job)
     return job
+
+
+def patient(python: str) -> str:
+    """The command `python`, deaf to Slurm's warning until it listens to it: else the signal would end an import."""
+    return f"""sh -c 'trap "" USR2; exec "$0" "$@"' {python}"""
 
 
 def parameters(
