@@ -82,9 +82,12 @@ class TargetStore:
         for start in range(0, self.count, self.chunk):
             yield start, min(start + self.chunk, self.count)
 
-    def missing(self) -> list[tuple[int, int]]:
-        """The files that are not there or were cut short. One that was altered later is noticed when it is read."""
-        return [each for each in self.ranges() if not _is_whole(self._cache.path(self.key, *each))]
+    def missing(self, mine: slice = slice(None)) -> list[tuple[int, int]]:
+        """The files, of `mine` of all in order, that are not there or were cut short.
+
+        One that was altered later is noticed when it is read.
+        """
+        return [each for each in list(self.ranges())[mine] if not _is_whole(self._cache.path(self.key, *each))]
 
     def put(self, start: int, stop: int, targets: Tensor, seconds: float) -> None:
         """Keep the targets (stop - start, C, H, W) of these positions, made in `seconds`."""
@@ -139,16 +142,14 @@ def make(
     method: TargetMethod, split: Split, order: Order, store: TargetStore, mine: slice, stopping: Callable[[], bool]
 ) -> Iterator[tuple[int, float]]:
     """Make the files of `mine` (of all, in order) that are missing; yields targets and seconds of each."""
-    todo = set(store.missing())
-    for start, stop in list(store.ranges())[mine]:
+    for start, stop in store.missing(mine):
         if stopping():
             return
-        if (start, stop) in todo:
-            began = time.perf_counter()
-            targets = compute(method, split, order, torch.arange(start, stop))
-            seconds = time.perf_counter() - began
-            store.put(start, stop, targets, seconds)
-            yield stop - start, seconds
+        began = time.perf_counter()
+        targets = compute(method, split, order, torch.arange(start, stop))
+        seconds = time.perf_counter() - began
+        store.put(start, stop, targets, seconds)
+        yield stop - start, seconds
 
 
 def compute(method: TargetMethod, split: Split, order: Order, positions: Tensor) -> Tensor:

@@ -92,8 +92,7 @@ class Work:
         console.print(f"{self.stage}  {count} targets made in {whole:.1f} s into {store.folder}", markup=False)
         if made:
             console.print(worth(store, count, seconds), markup=False)
-        left = [each for each in list(store.ranges())[mine] if each in set(store.missing())]
-        return not left
+        return not store.missing(mine)
 
 
 def training_of(config: Config, stage: str, console: Console) -> tuple[TargetMethod, int]:
