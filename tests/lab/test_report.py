@@ -279,7 +279,8 @@ def test_grid_pixels_are_the_samples() -> None:
     material = Material("t", results(), grids())
     rows = grid_rows(material, 1.0)
     assert [label for label, _ in rows] == [
-        "teacher, 64 steps", "16 steps", "8 steps", "4 steps", "2 steps", "1 step", "undistilled DPM-Solver++(2M), NFE 4"
+        "teacher, 64 steps", "16 steps", "8 steps", "4 steps", "2 steps", "1 step",
+        "undistilled DPM-Solver++(2M), NFE 4",
     ]  # fmt: skip
     canvas, centres, middles = sheet(rows, per_class=1, classes=10)
     cell = 8 * FACTOR
