@@ -23,6 +23,7 @@ from fewstep.distill import (
     guidance_target,
 )
 from fewstep.distill.moments import step_to
+from fewstep.distill.parameters import directional
 from fewstep.samplers import ddim_step
 from fewstep.schedules import Cosine, Karras, Trained, edm_weight, guide, sample_seeds, seeded_noise
 
@@ -203,6 +204,37 @@ def test_a_teacher_that_drops_tangents_is_refused():
     method = InstantMomentMatching(teacher, Net(), 4, ones(teacher))
     with pytest.raises(RuntimeError, match="Dropping has no derivative in forward mode"):
         method.loss(drawn(method, 8), 0)
+
+
+def test_adaptive_weight_of_the_instant_form():
+    # DMD's weight is of x~ against the teacher alone; eq. 9's estimate keeps the flat weight of the loss that gave nu
+    teacher, student = Net(), Net()
+    method = InstantMomentMatching(teacher, student, 1, ones(teacher), weight="adaptive")
+    whole = drawn(method, 8)
+    first, second = whole[0::2], whole[1::2]
+    nu = method._nu(second)
+    x, z, s = method.advance(first)
+    parameters = dict(teacher.named_parameters())
+    answer, change = torch.func.jvp(
+        lambda p: torch.func.functional_call(teacher, p, (z, s, first.cond)), (parameters,), (nu,)
+    )
+    correction = (x - answer).abs().mean(1, keepdim=True)
+    loss, logs = method.loss(whole, 0)
+    torch.testing.assert_close(loss, -(x * change / correction).mean())
+    torch.testing.assert_close(logs["objective"], -((x - answer) * change).mean().detach())
+
+
+def test_derivative_along_parameters_is_that_of_torch_func():
+    teacher = Net()
+    parameters = {name: p.detach() for name, p in teacher.named_parameters()}
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    z, t, cond = torch.randn(5, 2), torch.rand(5), torch.arange(5) % 3
+    expected = torch.func.jvp(
+        lambda p: torch.func.functional_call(teacher, p, (z, t, cond)), (parameters,), (direction,)
+    )
+    for found, value in zip(directional(teacher, parameters, direction, z, t, cond), expected, strict=True):
+        assert torch.equal(found, value)
+        assert not found.requires_grad
 
 
 def test_adaptive_weight_divides_by_the_teachers_correction():
@@ -461,6 +493,9 @@ BAD = [
     (lambda: with_preconditioner(lambda p: p.pop("out.bias")), r"preconditioner lacks out.bias \(2,\)"),
     (lambda: with_preconditioner(lambda p: p.update({"head": NULL})), "preconditioner has head"),
     (lambda: with_preconditioner(lambda p: p.update({"out.bias": torch.ones(3)})), r"out.bias.*\(3,\), must be \(2,\)"),
+    (lambda: with_preconditioner(lambda p: [v.zero_() for v in p.values()]), "preconditioner is 0 everywhere"),
+    (lambda: with_preconditioner(lambda p: p["out.bias"].fill_(float("nan"))), "out.bias.*not finite"),
+    (lambda: with_preconditioner(lambda p: p["out.bias"].neg_()), "out.bias.*negative"),
     (lambda: with_preconditioner(lambda p: None, clip=(1.0, -1.0)), r"clip = \(1.0, -1.0\)"),
     (lambda: InstantMomentMatching(Sharded(), Net(), 4, {}), "teacher.out.weight is sharded"),
     (lambda: InstantMomentMatching(Net(), Sharded(), 4, {}), "student.out.weight is sharded"),

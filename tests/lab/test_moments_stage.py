@@ -275,6 +275,14 @@ def test_eps_teacher_is_distilled_once_it_is_converted(tmp_path: Path) -> None:
         ("stages.instant.accumulate", 16, "even in each of accumulate=16 parts"),
         ("stages.instant.compile", True, "differentiates forwards"),
         ("stages.instant.clip", [1.0, -1.0], "null or [low, high]"),
+        ("stages.moments.clip", [1.0, -1.0], "null or [low, high]"),
+        ("stages.moments.targets", "somewhere", "null: they depend on the student"),
+        ("stages.moments.updates", 1, "2 or more: of alternating updates every second one is the student's"),
+        ("stages.moments.updates_at", {2: 1}, "2 or more"),
+        ("stages.instant.precision", "fp16", "fp32 or bf16: the instant form's inner gradient has no loss scaling"),
+        ("stages.instant.renoise", "unconditional", "posterior with method=instant"),
+        ("stages.moments.w_range", [3.0, 4.0], "its students would not be measured"),
+        ("stages.instant.schedule", {"type": "Karras"}, "as stages.moments.schedule: the two are compared"),
         ("stages.sweep.noise_levels", [0.5, 1.5], "in [0, 1]"),
         ("stages.sweep.weights", [], "at least one"),
         ("stages.compare.needs", ["classifier", "teacher", "sweep"], "with a stage of kind moments or halve"),
@@ -319,7 +327,9 @@ def test_shapes_distil_a_guided_teacher_into_students_without_guidance(tmp_path:
 
 
 def test_keys_of_two_levels_reach_the_stage_from_the_command_line() -> None:
-    changed = moments("stages.moments.weight_at.2=flat", "stages.moments.schedule.type=Cosine", "stages.instant.lr=0.5")
+    keys = ("weight_at.2=flat", "schedule.type=Cosine")
+    both = (f"stages.{name}.{key}" for name in ("moments", "instant") for key in keys)
+    changed = moments(*both, "stages.instant.lr=0.5")
     assert changed.stages["moments"].weight_at == {2: "flat", 1: "adaptive"}
     assert changed.stages["moments"].schedule == {"type": "Cosine"}
     assert changed.stages["instant"].lr == 0.5

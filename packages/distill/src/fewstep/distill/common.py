@@ -65,18 +65,19 @@ class Weighting:
     """The loss of every method here: weight(lambda_t) times the squared error of x.
 
     Mean over an image's pixels, then over the batch (arXiv 2202.00512, section 4), in float32 or wider whatever
-    autocast says. `name` is one of fewstep.schedules' weights; an unknown one raises ValueError.
+    autocast says. `name` is one of fewstep.schedules' weights, `weight` its function of the log-SNR; an unknown one
+    raises ValueError.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._weight = name, loss_weight(name)
+        self.name, self.weight = name, loss_weight(name)
 
     def __call__(self, x: Tensor, target: Tensor, log_snr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and logs "loss" and "x_mse" (not weighted). Shape: x, target (B, ...), log_snr (B,) -> ()."""
         with torch.autocast(x.device.type, enabled=False):
             gap = x.to(torch.promote_types(x.dtype, torch.float32)) - target
             error = gap.square().flatten(1).mean(1)
-            loss = (self._weight(log_snr).to(error.dtype) * error).mean()
+            loss = (self.weight(log_snr).to(error.dtype) * error).mean()
         return loss, {"loss": loss.detach(), "x_mse": error.detach().mean()}
 
 

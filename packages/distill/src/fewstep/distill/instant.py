@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.distill.common import WRange
 from fewstep.distill.method import Batch
-from fewstep.distill.moments import Moments
+from fewstep.distill.moments import Moments, weighted_product
 from fewstep.distill.parameters import directional, loss_gradient, mean_over_processes, refuse_sharded, values
 from fewstep.distill.preconditioner import check_preconditioner
 from fewstep.samplers.checks import clip as check_clip
@@ -34,7 +34,7 @@ class InstantMomentMatching(Moments):
         k: sampling steps of the student.
         preconditioner: Lambda, see `adam_preconditioner` and `estimate_preconditioner`; frozen.
         null_cond, w_range, weight: as in `MomentMatching`. Guidance changes the teacher's answer, not its Jacobian.
-            With weight "adaptive" the loss that gives nu is flat.
+            With weight "adaptive" the loss that gives nu, and with it the logged objective, is flat.
         clip: None or (low, high) for the teacher's x, its Jacobian unchanged likewise.
 
     Raises:
@@ -72,7 +72,7 @@ class InstantMomentMatching(Moments):
         estimate, change = directional(self.network, values(self.network), nu, z, s, batch.cond)
         teacher_x = self._modified(estimate, z, s, batch)
         loss = self.student_loss(x, -change, teacher_x, s)
-        objective = self.student_loss(x.detach() - teacher_x, -change, teacher_x, s)
+        objective = -weighted_product(self.weighting.weight(self.schedule.log_snr(s)), x.detach() - teacher_x, change)
         return loss, {"loss": loss.detach(), "objective": objective}
 
     def _nu(self, batch: Batch) -> dict[str, Tensor]:

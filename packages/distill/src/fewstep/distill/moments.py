@@ -116,14 +116,19 @@ class Moments(Training):
 
         Shape: x, direction, teacher_x (B, ...), s (B,) -> ().
         """
-        product = (x * direction.detach()).flatten(1).mean(1)
-        return (self._weight_of(x.detach(), teacher_x, s).to(product.dtype) * product).mean()
+        return weighted_product(self._weight_of(x.detach(), teacher_x, s), x, direction.detach())
 
     def _weight_of(self, x: Tensor, teacher_x: Tensor, s: Tensor) -> Tensor:
         """w(s). Shape: x, teacher_x (B, ...), s (B,) -> (B,)."""
         if self.weight == ADAPTIVE:
             return 1 / (x - teacher_x).abs().flatten(1).mean(1).clamp(min=SMALLEST)
         return loss_weight(self.weight)(self.schedule.log_snr(s))
+
+
+def weighted_product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Mean of w <a, b> over pixels and batch. Shape: weight (B,), a, b (B, ...) -> ()."""
+    product = (a * b).flatten(1).mean(1)
+    return (weight.to(product.dtype) * product).mean()
 
 
 def _takes_w(networks: dict[str, nn.Module], w_range: WRange | None) -> bool:

@@ -54,7 +54,7 @@ def directional(
     Dual numbers themselves, which `torch.func.jvp` wraps: the same bits in 0.8 of its time.
 
     Raises:
-        RuntimeError: an operation of the network drops tangents.
+        RuntimeError: the network's output has no tangent, since an operation drops them.
     """
     with torch.no_grad(), forward_ad.dual_level():
         dual, parts = forward_ad.make_dual, forward_ad.unpack_dual

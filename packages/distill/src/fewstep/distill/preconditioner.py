@@ -75,7 +75,7 @@ def _inverse_root(v: Tensor, eps: float) -> Tensor:
 
 
 def check_preconditioner(preconditioner: Mapping[str, Tensor], teacher: nn.Module) -> None:
-    """Raise ValueError, naming the first difference, unless each of the teacher's parameters has a tensor like it."""
+    """Raise ValueError unless each of the teacher's parameters has a tensor like it, finite, >= 0, and some not 0."""
     shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters()}
     for name, shape in shapes.items():
         if name not in preconditioner:
@@ -85,3 +85,8 @@ def check_preconditioner(preconditioner: Mapping[str, Tensor], teacher: nn.Modul
     for name in preconditioner:
         if name not in shapes:
             raise ValueError(f"preconditioner has {name}, which the teacher lacks: it must be of its architecture")
+    for name, value in preconditioner.items():
+        if not bool(((value >= 0) & value.isfinite()).all()):
+            raise ValueError(f"preconditioner[{name!r}] has values that are negative or not finite: Adam's are not")
+    if not any(bool(value.any()) for value in preconditioner.values()):
+        raise ValueError("preconditioner is 0 everywhere: no student would move; was Adam's state read?")

@@ -16,6 +16,9 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
     positive(f"{key}.reference", stage.reference, "steps")
     needs_one(key, stage, config, "classifier")
     needs_one(key, stage, config, *TEACHERS)
+    for need in stage.needs:
+        right = f"without {need}: students of moment matching are measured by a stage of kind compare"
+        require(config.stages[need].kind != "moments", f"{key}.needs", stage.needs, right)
     students = {name: found for name, found in halvings(stage, config).items() if found.students != "encoder"}
     require(bool(students), f"{key}.needs", stage.needs, "with a stage of kind halve that is not of encoders")
     for i, target in enumerate(stage.targets):

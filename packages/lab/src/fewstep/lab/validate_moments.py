@@ -3,7 +3,15 @@
 from typing import Any
 
 from fewstep.lab.checks import check_range, check_schedule, check_weight, needs_one, one_of, positive, require
-from fewstep.lab.config import CompareConfig, Config, ConvertConfig, MomentsConfig, RatioTarget, SweepConfig
+from fewstep.lab.config import (
+    CompareConfig,
+    Config,
+    ConvertConfig,
+    MomentsConfig,
+    RatioTarget,
+    StageConfig,
+    SweepConfig,
+)
 
 ADAPTIVE = "adaptive"  # the weight that depends on more than the noise level
 MOST_STEPS = (1, 2, 4, 8, 16)  # that moment matching is meant for
@@ -19,14 +27,21 @@ def check_moments(key: str, stage: MomentsConfig, config: Config) -> None:
     require(config.prediction != "eps" or teacher.kind == "convert", "prediction", "eps", right)
     one_of(f"{key}.method", stage.method, ("alternating", "instant"))
     one_of(f"{key}.renoise", stage.renoise, ("posterior", "unconditional", "ddim"))
+    right = "null: they depend on the student, so none can be computed before it"
+    require(stage.targets is None, f"{key}.targets", stage.targets, right)
+    clip = stage.clip
+    require(clip is None or (len(clip) == 2 and clip[0] < clip[1]), f"{key}.clip", clip, "null or [low, high]")
     require(bool(stage.steps), f"{key}.steps", stage.steps, "at least one")
     for steps in stage.steps:
         one_of(f"{key}.steps", steps, MOST_STEPS)
     for name in ("updates_at", "weight_at"):
         for steps in getattr(stage, name):
             one_of(f"{key}.{name}", steps, MOST_STEPS)
+    fewest = 1 if stage.method == "instant" else 2
+    right = f"{fewest} or more: of alternating updates every second one is the student's"
+    require(stage.updates >= fewest, f"{key}.updates", stage.updates, right)
     for steps, updates in stage.updates_at.items():
-        require(updates >= 1, f"{key}.updates_at.{steps}", updates, "1 or more")
+        require(updates >= fewest, f"{key}.updates_at.{steps}", updates, right)
     for steps, weight in stage.weight_at.items():
         if weight != ADAPTIVE:
             check_weight(f"{key}.weight_at.{steps}", weight)
@@ -43,6 +58,8 @@ def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
     if not any(config.stages[need].kind == "halve" for need in stage.needs):
         return
     halve = needs_one(key, stage, config, "halve")
+    right = f"with students that sample: those of {halve.name} are encoders"
+    require(halve.students != "encoder", f"{key}.needs", stage.needs, right)
     for steps in stage.steps:
         require(steps in halve.steps, f"{key}.steps", steps, f"one of those that {halve.name} has: {halve.steps}")
     low, high = halve.w_range or needs_one(f"stages.{halve.name}", halve, config, "guide").w_range
@@ -52,6 +69,10 @@ def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
 
 
 def _check_instant(key: str, stage: MomentsConfig) -> None:
+    right = "fp32 or bf16: the instant form's inner gradient has no loss scaling"
+    require(stage.precision != "fp16", f"{key}.precision", stage.precision, right)
+    right = "posterior with method=instant: ablations are for method=alternating"
+    require(stage.renoise == "posterior", f"{key}.renoise", stage.renoise, right)
     part = stage.batch_size // stage.accumulate
     right = f"even in each of accumulate={stage.accumulate} parts: the instant form needs two halves"
     require(part % 2 == 0, f"{key}.batch_size", stage.batch_size, right)
@@ -61,8 +82,6 @@ def _check_instant(key: str, stage: MomentsConfig) -> None:
     require(stage.micro_batch is None or stage.micro_batch >= 2, f"{key}.micro_batch", stage.micro_batch, right)
     require(stage.preconditioner_batches >= 0, f"{key}.preconditioner_batches", stage.preconditioner_batches, ">= 0")
     require(not stage.compile, f"{key}.compile", "true", "false: the instant form differentiates forwards, uncompiled")
-    clip = stage.clip
-    require(clip is None or (len(clip) == 2 and clip[0] < clip[1]), f"{key}.clip", clip, "null or [low, high]")
 
 
 def check_convert(key: str, stage: ConvertConfig, config: Config) -> None:
@@ -92,8 +111,15 @@ def check_compare(key: str, stage: CompareConfig, config: Config) -> None:
         needs_one(key, stage, config, *kinds)
     students = {need: config.stages[need].steps for need in stage.needs if config.stages[need].kind in STUDENTS}
     require(bool(students), f"{key}.needs", stage.needs, f"with a stage of kind {' or '.join(STUDENTS)}")
+    for need in stage.needs:
+        found = config.stages[need]
+        if isinstance(found, MomentsConfig) and found.w_range is not None and found.w_range[0] < found.w_range[1]:
+            low, high = found.w_range
+            right = f"one of {key}.weights={stage.weights} within it: its students would not be measured"
+            require(any(low <= w <= high for w in stage.weights), f"stages.{need}.w_range", found.w_range, right)
     for i, target in enumerate(stage.targets):
         _check_target(f"{key}.targets[{i}]", target, students)
+        _check_alike(config.stages[target.stage], config.stages.get(target.over))
 
 
 def _check_target(key: str, target: RatioTarget, students: dict[str, list[int]]) -> None:
@@ -104,6 +130,14 @@ def _check_target(key: str, target: RatioTarget, students: dict[str, list[int]])
     one_of(f"{key}.measure", target.measure, MEASURES)
     limits = [target.at_most, target.at_least]
     require(limits.count(None) == 1, key, limits, "one of at_most and at_least")
+
+
+def _check_alike(one: StageConfig, other: StageConfig | None) -> None:
+    """Two forms of moment matching that are held against each other: at one problem."""
+    if isinstance(one, MomentsConfig) and isinstance(other, MomentsConfig):
+        for name in ("schedule", "weight", "weight_at", "w_range"):
+            right = f"{getattr(other, name)} as stages.{other.name}.{name}: the two are compared"
+            require(getattr(one, name) == getattr(other, name), f"stages.{one.name}.{name}", getattr(one, name), right)
 
 
 def _check_other_schedule(key: str, schedule: dict[str, Any], config: Config) -> None:
