@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from slurm_cluster import (
+    ROOT,
+    SITE,
+    TEACHER,
     UPDATES,
     Cluster,
     assert_same_bits,
@@ -24,10 +30,13 @@ from slurm_cluster import (
 )
 from torch import Tensor
 
+from fewstep.lab.checkpoint import load_checkpoint
 from fewstep.lab.cli import main
 from fewstep.lab.cluster import slurm
+from fewstep.lab.cluster.monitor import at_work, look
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
 
 def attempt(out: Path) -> dict[str, int]:
     """Who has the teacher's folder; nobody yet is submission 0."""
@@ -61,19 +70,47 @@ def test_preempted_by_a_partition_of_higher_priority(
 def test_the_time_limit_is_a_pause(cluster: Cluster, tmp_path: Path) -> None:
     # 0 checkpoints by time or updates: only the one at the signal can have kept anything.
     out, long = tmp_path / "run", ["stages.teacher.updates=100000", "stages.teacher.checkpoint_updates=0"]
-    assert submit(out, *long, "cluster.time=1", "cluster.signal_seconds=40") == 0
+    assert submit(out, *long, "cluster.time=2", "cluster.signal_seconds=60") == 0
     started_again(out)
-    kept = [int(path.stem) for path in (out / "teacher" / "checkpoints").glob("[0-9]*.safetensors")]
-    assert max(kept) > 0
-    assert main(["cancel", str(out)]) == 0
+    kept = newest(out)
+    assert kept > 0
+    until(reached(out, kept + 1), "does not go on to the next pause")
+    assert_as_undisturbed_when_cancelled(out, tmp_path, *long)
 
 
 def test_too_little_time_to_save_goes_on_from_the_last_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     out, long = tmp_path / "run", ["stages.teacher.updates=100000"]
     # Slurm's signal comes too late to be told from the end: the job's own clock must requeue it.
-    assert submit(out, *long, "cluster.time=1", "cluster.signal_seconds=1", "+cluster.sbatch={signal: CONT@1}") == 0
+    assert submit(out, *long, "cluster.time=2", "cluster.signal_seconds=1", "+cluster.sbatch={signal: CONT@1}") == 0
     started_again(out)
+    kept = newest(out)
+    until(reached(out, kept + 1), "does not go on")
+    assert_as_undisturbed_when_cancelled(out, tmp_path, *long)
+
+
+def newest(out: Path) -> int:
+    """Update of the newest checkpoint."""
+    return max(int(path.stem) for path in (out / "teacher" / "checkpoints").glob("[0-9]*.safetensors"))
+
+
+def assert_as_undisturbed_when_cancelled(out: Path, tmp_path: Path, *overrides: str) -> None:
+    """Cancel; a run in this process that nothing disturbed has, after as many updates, the same state to the bit."""
     assert main(["cancel", str(out)]) == 0
+    assert settled(out)["teacher"].state == "cancelled"
+    step, whole = newest(out), tmp_path / "whole"
+    stop_at = [f"stages.teacher.checkpoint_updates={step}", "stages.teacher.checkpoint_seconds=0"]
+    command = [sys.executable, "-m", "fewstep.lab", "run", str(ROOT / "experiments" / "digits"), *TEACHER, *overrides]
+    run = subprocess.Popen([*command, *stop_at, f"out={whole}"])
+    try:
+        until(reached(whole, step), "no checkpoint")
+    finally:
+        run.terminate()
+        run.wait()
+    name = f"checkpoints/{step:08d}.safetensors"
+    ours, theirs = (load_checkpoint(folder / "teacher" / name).tensors for folder in (out, whole))
+    names = {each for each in theirs if not each.startswith("sum/")}  # since the last line of metrics, and that is free
+    assert names == {each for each in ours if not each.startswith("sum/")}
+    assert all(torch.equal(ours[each], theirs[each]) for each in names)
 
 
 def test_requeued_three_times_in_a_row(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
@@ -93,13 +130,11 @@ def test_a_lost_node(cluster: Cluster, tmp_path: Path, undisturbed: dict[str, Te
     assert submit(out) == 0
     until(reached(out, 40), "no checkpoint")
     node = node_of(out)
-    cluster.tool("kill-node", node)
-    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
+    lose(cluster, node)
     try:
         finished(out, "teacher")
     finally:
-        cluster.tool("start-node", node)
-        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+        bring_back(cluster, node)
     assert attempt(out)["restart"] == 1
     assert_same_bits(weights(out / "teacher"), undisturbed)
 
@@ -187,3 +222,69 @@ def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(
     subprocess.run(["scontrol", "release", job_of(out)], check=True)
     finished(out, "teacher")
     assert_same_bits(weights(out / "teacher"), undisturbed)
+
+
+def lose(cluster: Cluster, node: str) -> None:
+    cluster.tool("kill-node", node)
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)
+
+
+def bring_back(cluster: Cluster, node: str) -> None:
+    cluster.tool("start-node", node)
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], check=False)
+
+
+def test_a_node_lost_in_the_middle_of_an_array_and_a_shard_truncated_on_disk(cluster: Cluster, tmp_path: Path) -> None:
+    # Broken: targets are missing or differ where a job was lost; or a file cut short is trained on.
+    graph, short = [word for word in TEACHER if word != "~stages.guide"], ["stages.teacher.updates=8"]
+    experiment, teacher = str(ROOT / "experiments" / "digits"), tmp_path / "teacher"
+    assert main(["run", experiment, *graph, *short, f"out={teacher}", "--until", "teacher"]) == 0
+    common = ["targets", experiment, *graph, *short, f"out={teacher}", "--stage", "guide", "--chunk", "50"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    array = [*common, *SITE, "--shards", "4", "--out", str(many)]
+    assert main([*common, "--out", str(one)]) == 0
+    assert main(array) == 0
+    until(lambda: len(list(many.glob("*/*.safetensors"))) > 1, "no files")
+    until(lambda: bool(busy()), "no element runs")
+    node = busy()[0]
+    lose(cluster, node)
+    try:
+        settled(many)
+        assert [part.state for part in look(many)] == ["done"] * 4
+    finally:
+        bring_back(cluster, node)
+    assert_same_files(one, many)
+    until(lambda: at_work(many) is None, "jobs that are done do not leave the queue")
+    cut, *rest = sorted(many.glob("*/*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:1000])
+    before = {path: path.stat().st_mtime_ns for path in rest}
+    assert main(array) == 0
+    settled(many)
+    assert [part.state for part in look(many)] == ["done"] * 4
+    assert_same_files(one, many)
+    assert {path: path.stat().st_mtime_ns for path in rest} == before
+
+
+def busy() -> list[str]:
+    """Nodes of running jobs."""
+    return [row.nodes for row in slurm.queue() or [] if row.state == "RUNNING"]
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    first, second = ({path.name: load_file(path) for path in out.glob("*/*.safetensors")} for out in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name]["images"], second[name]["images"]) for name in first)
+
+
+def test_a_network_in_shards_on_two_nodes_is_signalled_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    # Broken: the processes save at different updates and wait for each other for ever, or go on with half a state.
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pair = ["cluster.nodes=2", "stages.teacher.parallel=fsdp", "stages.teacher.updates=80"]
+    assert submit(whole, *pair) == 0
+    finished(whole, "teacher")
+    assert submit(out, *pair) == 0
+    until(lambda: bool(list((out / "teacher" / "checkpoints").glob("*.parts/index.json"))), "no checkpoint")
+    subprocess.run(["scancel", "--signal=USR2", job_of(out)], check=True)
+    started_again(out)
+    finished(out, "teacher")
+    assert_same_bits(weights(out / "teacher"), weights(whole / "teacher"))
