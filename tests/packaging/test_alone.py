@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def uv(*arguments: str | Path, cwd: Path | None = None) -> str:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A built distribution: path and declared requirements, extras left out."""
+    """A built distribution: path and declared requirements."""
 
     path: Path
 
@@ -70,12 +70,12 @@ class Wheel:
         with zipfile.ZipFile(self.path) as archive:
             return archive.namelist()
 
-    @property
-    def requirements(self) -> list[Requirement]:
+    def requirements(self, extras: Collection[str] = ()) -> list[Requirement]:
+        """What it declares, with what these extras add."""
         with zipfile.ZipFile(self.path) as archive:
             text = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
         declared = map(Requirement, re.findall(r"^Requires-Dist: (.+)$", text, re.MULTILINE))
-        return [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+        return [r for r in declared if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", *extras))]
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Wheel
 def foreign_closure(wheel: Wheel, wheels: dict[str, Wheel]) -> set[str]:
     """The third-party distributions that a wheel's metadata leads to, through its siblings' metadata and their own."""
     found: set[tuple[str, str]] = set()
-    waiting = list(wheel.requirements)
+    waiting = wheel.requirements()
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         if name.startswith("fewstep-"):
-            waiting += wheels[name.removeprefix("fewstep-")].requirements
+            waiting += wheels[name.removeprefix("fewstep-")].requirements(requirement.extras)
             continue
         for extra in {"", *requirement.extras} - {e for n, e in found if n == name}:
             found.add((name, extra))
@@ -200,7 +200,7 @@ def test_lab_brings_the_command(alone: Alone, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_declared_third_party_distributions(name: str, wheels: dict[str, Wheel]) -> None:
     """The libraries promise to need torch only (models: safetensors too); one more line here is everyone's download."""
-    declared = {canonicalize_name(r.name) for r in wheels[name].requirements}
+    declared = {canonicalize_name(r.name) for r in wheels[name].requirements()}
     assert {d for d in declared if not d.startswith("fewstep-")} == FOREIGN[name]
 
 
