@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.kernels.benchmark.results import cpu_name
 from fewstep.models import PRESETS, UNet
 
 BOUND = 1.05
@@ -69,13 +70,6 @@ def interleaved(functions: dict[str, Callable[[], Tensor]], repeats: int) -> dic
     return seconds
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
     """The record: medians, their ratio, parameter counts and what it ran on."""
     unet = UNet.from_preset(preset)
@@ -100,7 +94,7 @@ def measure(preset: str, batch: int, repeats: int, device: str) -> dict[str, Any
     return {
         "preset": preset, "batch": batch, "repeats": repeats, "parameters": parameters,
         "median_seconds": medians, "seconds": seconds, "ratio": medians["fewstep"] / medians["diffusers"],
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewstep.kernels.benchmark.results import cpu_name
 from fewstep.lab import record
 from fewstep.lab.context import StageContext
 
@@ -33,16 +34,6 @@ def circumstances(seed: int, device: torch.device) -> dict[str, Any]:
 
 def _peak(whose: int) -> int:
     return resource.getrusage(whose).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def cpu_name() -> str:
-    """The processor's own name, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def stage_seconds(ctx: StageContext) -> dict[str, float]:
