@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.kernels import attention_qkv
+from fewstep.models.files import VERSION, digest_of, read_folder, write_folder
 from fewstep.models.tokenizer import END, PADDING, Tokenizer, tokenizer_from_config
 
-FORMAT, VERSION = "fewstep-text-encoder", 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = "fewstep-text-encoder"
 
 
 class EncoderBlock(nn.Module):
@@ -134,17 +132,17 @@ class TextEncoder(nn.Module):
     @property
     def digest(self) -> str:
         """SHA-256 of weights, settings and tokenizer: two encoders are alike exactly when these are."""
-        return hashlib.sha256(json.dumps(self._settings(self._weights()), sort_keys=True).encode()).hexdigest()
+        header = {"format": FORMAT, "version": VERSION, "sha256": digest_of(self.state_dict())}
+        return hashlib.sha256(json.dumps(header | self._settings(), sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the folder `path`: `model.safetensors`, and `config.json` with settings and tokenizer.
 
         The latter is written last and holds the checksum of the former: a folder that is half written is refused.
         """
-        folder, weights = Path(path), self._weights()
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS).write_bytes(weights)
-        (folder / CONFIG).write_text(json.dumps(self._settings(weights), indent=1) + "\n")
+        write_folder(folder, FORMAT, self._settings(), self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TextEncoder:
@@ -156,31 +154,13 @@ class TextEncoder(nn.Module):
             ImportError: its tokenizer needs the extra `[text]`.
         """
         folder = Path(path)
-        for name in (WEIGHTS, CONFIG):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing: load takes a folder with {WEIGHTS} and {CONFIG}")
-        weights = (folder / WEIGHTS).read_bytes()
         try:
-            config = json.loads((folder / CONFIG).read_text())
-            if (config["format"], config["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {config['format']!r} {config['version']!r}, this fewstep reads {VERSION}")
-            if config["sha256"] != hashlib.sha256(weights).hexdigest():
-                raise ValueError(f"{WEIGHTS} is damaged or is not the file that {CONFIG} describes (SHA-256 differs)")
-            encoder = cls(tokenizer_from_config(config["tokenizer"]), **config["encoder"])
-            encoder.load_state_dict({name: w.clone() for name, w in safetensors.torch.load(weights).items()})
-        except (ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            settings, weights = read_folder(folder, FORMAT)
+            encoder = cls(tokenizer_from_config(settings["tokenizer"]), **settings["encoder"])
+            encoder.load_state_dict(weights)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ValueError(f"{folder} does not hold a text encoder: {error}") from None
         return encoder.to(device).eval()
 
-    def _weights(self) -> bytes:
-        content: bytes = safetensors.torch.save({k: v.cpu().contiguous() for k, v in self.state_dict().items()})
-        return content
-
-    def _settings(self, weights: bytes) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "encoder": self.config,
-            "sha256": hashlib.sha256(weights).hexdigest(),
-            "tokenizer": self.tokenizer.to_config(),
-        }
+    def _settings(self) -> dict[str, Any]:
+        return {"encoder": self.config, "tokenizer": self.tokenizer.to_config()}
