@@ -14,7 +14,7 @@ from lab_configs import DIGITS
 from lab_gaussians import Student, exact, noise_and_labels, plan, samples
 
 from fewstep.lab.compose import compose, compose_grid
-from fewstep.lab.config import ConfigError, GridConfig, GridTarget, ReferenceConfig
+from fewstep.lab.config import AlignmentTarget, ConfigError, GridConfig, GridTarget, ReferenceConfig
 from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import grid as grids
 from fewstep.lab.evaluation.distances import Reference
@@ -137,6 +137,30 @@ def test_targets_are_ratios_of_means(rows: list[dict[str, Any]]) -> None:
     assert list(grids.verdicts(rows, [GridTarget("fixed", "halve", 0.0, 1)])) == []
 
 
+def held(stage: str, kind: str, column: int | None, share: float, unseen: float = 0.5) -> dict[str, Any]:
+    whole, rest = {"share": share}, {"share": unseen}
+    return {"stage": stage, "kind": kind, "w": 2.0, "column": column, "alignment": {"all": whole},
+            "unseen": {"all": rest}}  # fmt: skip
+
+
+def test_targets_of_captions_are_shares_or_points_below_the_teacher() -> None:
+    """Held against the guided teacher's own line, not an undistilled sampler's that has the same name."""
+    shown = [
+        held("teacher", "teacher", None, 0.9),
+        held("halve", "deterministic", 4, 0.88, 0.4),
+        held("teacher", "undistilled", 4, 0.1),
+    ]
+    asked = [
+        AlignmentTarget("teacher", 2.0, 0, "all", at_least=0.9),
+        AlignmentTarget("halve", 2.0, 4, "all", below=0.03),
+        AlignmentTarget("halve", 2.0, 4, "unseen", below=0.03),
+        AlignmentTarget("halve", 2.0, 4, "unseen", at_least=0.3),
+    ]
+    found = list(grids.alignment_verdicts(shown, asked))
+    assert [target.value for target in found] == pytest.approx([0.9, 0.02, 0.1, 0.4])
+    assert [target.reached for target in found] == [True, True, False, True]
+
+
 def test_table_and_pictures_hold_every_figure(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     """The README's table is made by this: each cell stands in its row and column with its deviation."""
     results = {
@@ -182,6 +206,28 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
         ("digits_stochastic", "stages.grid.steps=[4,2]", None),
         ("digits_stochastic", "stages.grid.steps=[2]", "stages.grid.targets[0].steps=4: must be one of 2"),
         ("digits_stochastic", "stages.grid.targets.0.over=teacher", "targets[0].over=teacher: must be one of"),
+        (
+            "digits_stochastic",
+            "+stages.grid.alignment=[{stage:teacher,w:1,at_least:0.9}]",
+            "stages.grid.alignment[0]=digits: must be left out: only captioned_shapes is checked",
+        ),
+        (
+            "shapes_text",
+            "stages.grid.alignment=[{stage:halve,w:2,steps:2,below:0.1,at_least:0.9}]",
+            "stages.grid.alignment[0]=at_least=0.9, below=0.1: must be one of at_least and below, in [0, 1]",
+        ),
+        (
+            "shapes_text",
+            "stages.grid.alignment=[{stage:halve,w:2,below:0.1}]",
+            "alignment[0].stage=halve: must be one of t",
+        ),
+        (
+            "shapes_text",
+            "stages.grid.alignment=[{stage:teacher,w:2,measure:colour,at_least:0.1}]",
+            "measure=colour: must",
+        ),
+        ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:8,below:0.1}]", "steps=8: must be one of 2, 1"),
+        ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:2,below:0.1}]", None),
         ("digits_transfer", "stages.invert.needs=[classifier,teacher,decoder]", "exactly one stage of kind halve"),
         ("digits_transfer", "stages.invert.steps=[8]", "stages.invert.steps=8: must be one of 4, 2"),
         ("digits_transfer", "stages.invert.weights=[5]", "stages.invert.weights=5.0: must be in [0, 4]"),

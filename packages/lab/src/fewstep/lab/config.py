@@ -471,6 +471,24 @@ class GridTarget:
 
 
 @dataclass
+class AlignmentTarget:
+    """The share of captions of which `measure` holds, for the students of `steps` of a stage at `w`.
+
+    steps: 0 for the guided teacher itself. w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w). measure:
+    "all" or a part of what captions say ("objects", "sizes", "relation", "place"), or "unseen" (of combinations that
+    training never met). at_least: a share in [0, 1]. below: points in [0, 1] that the students may be below the
+    teacher. One of the two is given.
+    """
+
+    stage: str = MISSING
+    w: float = MISSING
+    steps: int = 0
+    measure: str = "all"
+    at_least: float | None = None
+    below: float | None = None
+
+
+@dataclass
 class GridConfig(StageConfig):
     """FID, IS, class accuracy and paired error over w x steps: every student of the stages of kind halve in `needs`,
     and undistilled samplers at equal cost.
@@ -491,6 +509,7 @@ class GridConfig(StageConfig):
     workers: int = _free(0)
     seed: int = 3
     targets: list[GridTarget] = field(default_factory=list)
+    alignment: list[AlignmentTarget] = field(default_factory=list)  # of captioned shapes alone
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """What can be wrong with the stages that measure a grid of w x steps, and encoders."""
 
 from fewstep.lab.checks import needs_one, one_of, positive, require
-from fewstep.lab.config import Config, GridConfig, HalveConfig, InvertConfig, StageConfig
+from fewstep.lab.config import AlignmentTarget, Config, GridConfig, HalveConfig, InvertConfig, StageConfig
 from fewstep.lab.validate_moments import TEACHERS
 
 MEASURES = ("fid_heldout", "paired_error")
+ALIGNMENT = ("all", "objects", "sizes", "relation", "place", "unseen")
 
 
 def check_grid(key: str, stage: GridConfig, config: Config) -> None:
@@ -28,6 +29,26 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
             one_of(f"{key}.targets[{i}].{name}", getattr(target, name), students)
             known = [steps for steps in students[getattr(target, name)].steps if steps in stage.steps]
             one_of(f"{key}.targets[{i}].steps", target.steps, known)
+    for i, asked in enumerate(stage.alignment):
+        _check_alignment(f"{key}.alignment[{i}]", asked, stage, config, students)
+
+
+def _check_alignment(
+    key: str, target: AlignmentTarget, stage: GridConfig, config: Config, students: dict[str, HalveConfig]
+) -> None:
+    """What captions are asked to hold of the teacher, or of students."""
+    require(config.data.name == "captioned_shapes", key, config.data.name, "left out: only captioned_shapes is checked")
+    one_of(f"{key}.measure", target.measure, ALIGNMENT)
+    one_of(f"{key}.w", target.w, stage.weights)
+    teachers = [name for name in stage.needs if config.stages[name].kind in TEACHERS]
+    one_of(f"{key}.stage", target.stage, teachers if target.steps == 0 else students)
+    if target.steps:
+        known = [steps for steps in students[target.stage].steps if steps in stage.steps]
+        one_of(f"{key}.steps", target.steps, known)
+    limits = [limit for limit in (target.at_least, target.below) if limit is not None]
+    right = "one of at_least and below, in [0, 1]; below is of students"
+    fits = len(limits) == 1 and 0 <= limits[0] <= 1 and not (target.below is not None and target.steps == 0)
+    require(fits, key, f"at_least={target.at_least}, below={target.below}", right)
 
 
 def check_invert(key: str, stage: InvertConfig, config: Config) -> None:

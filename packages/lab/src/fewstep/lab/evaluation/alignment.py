@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.samples import Samples
@@ -22,15 +23,23 @@ def alignment(samples: Samples, draws: Sequence[Draw], count: int) -> dict[str, 
     {"all": {"share", "low", "high", "trials"}, "objects": ..., ...}: low and high are the binomial 95 % interval
     (Wilson); a part that no prompt speaks of is left out.
     """
-    scores = [one for draw in draws for one in _scores(samples, draw, count)]
-    said = {part: [getattr(one, part) for one in scores if getattr(one, part) is not None] for part in SHARES}
-    return {part: _share(found) for part, found in said.items() if found}
+    return shares([one for draw in draws for one in _scores(samples, draw, count)])
+
+
+def shares(found: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """The same of scores, for each part that any of them speaks of."""
+    said = {part: [getattr(one, part) for one in found if getattr(one, part) is not None] for part in SHARES}
+    return {part: _share(values) for part, values in said.items() if values}
 
 
 def _scores(samples: Samples, draw: Draw, count: int) -> list[Score]:
-    meanings = [parse(text) for text in samples.spec(draw).texts(0, count)]
-    found = read(torch.cat(list(samples.batches(draw, count))))
-    return [score(meaning, things) for meaning, things in zip(meanings, found, strict=True)]
+    return scores(samples.spec(draw).texts(0, count), torch.cat(list(samples.batches(draw, count))))
+
+
+def scores(captions: Sequence[str], images: Tensor) -> list[Score]:
+    """What of each caption is true of its image (N, 3, 32, 32) in about [-1, 1]."""
+    found = read(images)
+    return [score(parse(text), things) for text, things in zip(captions, found, strict=True)]
 
 
 def _share(found: Sequence[bool]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fewstep.lab.config import GridConfig, GridTarget
+from fewstep.lab.config import AlignmentTarget, GridConfig, GridTarget
 from fewstep.lab.evaluation.alignment import SHARES, UNSEEN, alignment
 from fewstep.lab.evaluation.distances import Reference, describe
 from fewstep.lab.evaluation.pairs import pair_row
@@ -152,3 +152,17 @@ def verdicts(rows: list[Row], asked: list[GridTarget]) -> Iterator[Target]:
             what = f"{target.measure} of {target.stage} over that of {target.over}"
             name = f"{what}, {target.steps} steps, w = {target.w:g}"
             yield Target(name, found[0] / found[1], target.at_most)
+
+
+def alignment_verdicts(rows: list[Row], asked: list[AlignmentTarget]) -> Iterator[Target]:
+    """Every target of captions with its share or, against the teacher, its points below; both in [0, 1]."""
+    for target in asked:
+        (found,) = select(rows, stage=target.stage, w=target.w, column=target.steps or None)
+        share, steps = value(found, target.measure), f", {target.steps} steps" if target.steps else ""
+        name = f"captions that hold ({target.measure}) of {target.stage}{steps}, w = {target.w:g}"
+        if target.below is None:
+            assert target.at_least is not None  # `check_grid` asks for one of the two
+            yield Target(name, share, target.at_least, "at_least")
+        else:
+            (teacher,) = select(rows, kind="teacher", w=target.w)
+            yield Target(f"{name}, below the teacher", value(teacher, target.measure) - share, target.below)

@@ -1,9 +1,10 @@
 """The autoencoder of `space: latent`, and the latents of the data set."""
 
 import json
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.lab import distributed
 from fewstep.lab.autoencoding import AutoencoderTraining
@@ -11,13 +12,17 @@ from fewstep.lab.checkpoint import write_text
 from fewstep.lab.config import AutoencoderConfig, Config
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Split, load_data
+from fewstep.lab.evaluation.alignment import scores, shares
 from fewstep.lab.latents import FOLDER, decode, means, write_latents
 from fewstep.lab.stages.fit import fit, seed_everything
 from fewstep.models import Autoencoder
 
 
 def run(ctx: StageContext) -> None:
-    """Train it; writes `model/`, scaled to latents of unit variance, `latents/`, and `reconstruction.json` (RMSE)."""
+    """Train it; writes `model/`, scaled to latents of unit variance, `latents/`, and `reconstruction.json`.
+
+    That holds the RMSE of round trips and, of captioned shapes, the share of captions that still hold after one.
+    """
     stage, seed = ctx.stage, seed_everything(ctx)
     autoencoder = build(ctx.config, stage).to(ctx.device)
     fit(ctx, AutoencoderTraining(autoencoder, stage.error, stage.kl), seed=seed)
@@ -41,17 +46,22 @@ def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
     splits = {"train": data.train, "heldout": data.heldout}
     for name, split in splits.items():
         write_latents(ctx.out / FOLDER / name, autoencoder, split.images, chunk)
-    found = {name: _error(autoencoder, split, chunk) for name, split in splits.items()}
-    _say(ctx.out, found)
-    text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['heldout']:.4f} of pixels in [-1, 1]"
+    trips = {name: _round_trips(autoencoder, split, chunk) for name, split in splits.items()}
+    found: dict[str, Any] = {"rmse": {name: _error(trips[name], split) for name, split in splits.items()}}
+    text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['rmse']['heldout']:.4f} of pixels in [-1, 1]"
+    if ctx.config.data.name == "captioned_shapes" and data.heldout.captions is not None:
+        found["alignment"] = shares(scores(data.heldout.captions, trips["heldout"]))
+        text += f", captions hold of {found['alignment']['all']['share']:.1%}"
+    write_text(ctx.out / "reconstruction.json", json.dumps(found) + "\n")
     ctx.console.print(text, highlight=False)
 
 
-def _error(autoencoder: Autoencoder, split: Split, chunk: int) -> float:
-    """Root of the mean squared pixel error of a round trip through the means."""
-    made = torch.cat([decode(autoencoder, latents) for latents in means(autoencoder, split.images, chunk)])
-    return float((made.clamp(-1, 1) - split.images).square().mean().sqrt())
+def _round_trips(autoencoder: Autoencoder, split: Split, chunk: int) -> Tensor:
+    """What becomes of the images through the means of their latents, in [-1, 1]."""
+    made = [decode(autoencoder, latents) for latents in means(autoencoder, split.images, chunk)]
+    return torch.cat(made).clamp(-1, 1)
 
 
-def _say(out: Path, found: dict[str, float]) -> None:
-    write_text(out / "reconstruction.json", json.dumps({"rmse": found}) + "\n")
+def _error(made: Tensor, split: Split) -> float:
+    """Root of the mean squared pixel error."""
+    return float((made - split.images).square().mean().sqrt())

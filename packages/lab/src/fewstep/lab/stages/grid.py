@@ -12,7 +12,7 @@ from fewstep.lab.data import Data, load_data
 from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.distances import Reference
-from fewstep.lab.evaluation.grid import Grid, measure, verdicts
+from fewstep.lab.evaluation.grid import Grid, alignment_verdicts, measure, verdicts
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
@@ -32,6 +32,7 @@ def run(ctx: StageContext) -> None:
     reference = Reference.of(samples.judge, data, KID_SUBSETS)
     with knowingly():
         rows = measure(samples, grid, reference)
+    targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]
     results: dict[str, Any] = {
         **header(ctx, **reference.sizes),
         "judge": {"accuracy_heldout": reference.heldout.accuracy},
@@ -39,7 +40,7 @@ def run(ctx: StageContext) -> None:
         "networks": {name: model.size for name, model in models.items()},
         "stage_seconds": stage_seconds(ctx),
         "circumstances": made_with(ctx, samples.workers),
-        "targets": [target.to_json() for target in verdicts(rows, ctx.stage.targets)],
+        "targets": [target.to_json() for target in targets],
     }
     results = tidy(results)
     write_grid_report(results, ctx.out)
