@@ -174,6 +174,38 @@ def test_a_folder_is_its_pipeline(kind: str, tmp_path: Path) -> None:
     assert from_diffusers(tmp_path, ddpm("sample")).prediction == "x"
 
 
+def test_a_model_without_a_pipeline_is_read_with_a_scheduler_from_anywhere(tmp_path: Path) -> None:
+    """Training scripts often save the network alone; its scheduler then lies beside it, or in a folder that one names."""
+    unet().save_pretrained(tmp_path / "model")
+    ddpm("v_prediction").save_pretrained(tmp_path / "elsewhere")
+    z, cond, _ = inputs("UNet2DModel")
+    t = torch.full((3,), 0.3)
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config.json is missing: give a scheduler"):
+        from_diffusers(tmp_path / "model")
+    with torch.no_grad():
+        expected = from_diffusers(unet(), ddpm("v_prediction"))(z, t, cond)
+        for given in (tmp_path / "model", unet()):
+            torch.testing.assert_close(from_diffusers(given, tmp_path / "elsewhere")(z, t, cond), expected)
+        ddpm("v_prediction").save_pretrained(tmp_path / "model")
+        torch.testing.assert_close(from_diffusers(tmp_path / "model")(z, t, cond), expected)
+
+
+@KINDS
+def test_what_a_folder_holds_is_known_without_its_weights(kind: str, tmp_path: Path) -> None:
+    """Before hours of work, and before gigabytes are read: the same answers as those of the whole model."""
+    MODELS[kind]().save_pretrained(tmp_path)
+    ddpm("sample").save_pretrained(tmp_path)
+    whole = from_diffusers(tmp_path)
+    save(whole, tmp_path / "ours")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    for found in (from_diffusers(tmp_path, weights=False), load(tmp_path / "ours", weights=False)):
+        assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
+        assert (found.prediction, found.schedule, found.time_input) == ("x", whole.schedule, "index")
+        assert found.network.input_shape == whole.network.input_shape
+        assert found.network.num_classes == whole.network.num_classes
+        assert (found.takes_text, found.takes_guidance) == (kind == "UNet2DConditionModel", False)
+
+
 def test_pipeline_object() -> None:
     """A pipeline that is already in memory carries both."""
     pipeline = diffusers.DDIMPipeline(unet(num_class_embeds=None), diffusers.DDIMScheduler.from_config(ddpm().config))
@@ -202,6 +234,8 @@ def test_zero_terminal_snr_and_learned_times() -> None:
     with torch.no_grad():
         expected = model(z, torch.tensor(124), cond).sample
         torch.testing.assert_close(denoiser.raw(z, torch.full((3,), 0.125), cond).cond_output, expected)
+        first = model(z, torch.tensor(0), cond).sample  # times below the first index are drawn in training
+        torch.testing.assert_close(denoiser.raw(z, torch.zeros(3), cond).cond_output, first)
 
 
 class Other(torch.nn.Module):
@@ -241,6 +275,16 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DiffusionPipeline"}')
     with pytest.raises(ValueError, match="scheduler 'DiffusionPipeline' is none of diffusers"):
         from_diffusers(tmp_path)
+    for text, message in (("{", "is not JSON"), ("[]", "must be a JSON object")):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            from_diffusers(tmp_path)
+
+
+def test_the_size_is_taken_where_the_settings_do_not_say_it() -> None:
+    """Another size than the one that it was trained at would pass every check and give noise."""
+    assert from_diffusers(unet(sample_size=None), ddpm(), image_size=16).network.input_shape == (3, 16, 16)
+    assert from_diffusers(unet(), ddpm(), image_size=16).network.input_shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(

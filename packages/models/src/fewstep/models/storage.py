@@ -74,8 +74,13 @@ def _refuse_file(path: Path) -> None:
         raise FileExistsError(f"{path} is a file: save writes a folder")
 
 
-def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NetworkDenoiser:
+def load(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, weights: bool = True
+) -> NetworkDenoiser:
     """Read what `save` wrote, bit for bit, in eval mode; nothing in the files is ever executed.
+
+    weights: False reads the settings (and the text encoder) alone and gives a denoiser on the meta device: what it is,
+    in no time.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
@@ -85,7 +90,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ne
     if path.is_file():
         raise ValueError(f"{path} is a file: load takes the folder that save wrote ({WEIGHTS} and {CONFIG}), no pickle")
     config = _read_config(path)
-    tensors = _read_weights(path, config["sha256"])
+    tensors = _read_weights(path, config["sha256"]) if weights else None
     try:
         with torch.device("meta"):
             network = build_network(config["network"])
@@ -96,9 +101,12 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Ne
         )
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path / CONFIG} does not describe a denoiser: {error}") from None
+    encoder = _read_text_encoder(path, config.get(TEXT_ENCODER))
+    if tensors is None:
+        return denoiser.to("meta").use_text_encoder(encoder).eval()
     _check_tensors(path, network, tensors)
     network.load_state_dict(tensors, assign=True)
-    denoiser.use_text_encoder(_read_text_encoder(path, config.get(TEXT_ENCODER)))
+    denoiser.use_text_encoder(encoder)
     return denoiser.to(device).to(memory_format=torch.channels_last).eval()
 
 

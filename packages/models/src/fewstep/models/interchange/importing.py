@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import NetworkDenoiser
@@ -16,6 +17,7 @@ from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.schedules import Discrete, Trained
 
 PARTS = ("unet", "transformer")  # what pipelines call the network
+SCHEDULER = "scheduler_config.json"
 
 
 def from_diffusers(
@@ -25,6 +27,7 @@ def from_diffusers(
     null_text: Tensor | Mapping[str, Tensor] | None = None,
     image_size: int | None = None,
     w_range: tuple[float, float] = (0.0, 14.0),
+    weights: bool = True,
 ) -> NetworkDenoiser:
     """A UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel as a denoiser, so that it can be distilled.
 
@@ -32,13 +35,15 @@ def from_diffusers(
     is taken over, not copied.
 
     Args:
-        model: the model; a pipeline that has one; or the local folder of a pipeline (safetensors; nothing is
+        model: the model; a pipeline that has one; or the local folder of a model or pipeline (safetensors; nothing is
             downloaded).
-        scheduler: any of diffusers' that has `alphas_cumprod` and a `prediction_type`; default: the pipeline's.
+        scheduler: any of diffusers' that has `alphas_cumprod` and a `prediction_type`, or the folder of one; default:
+            the pipeline's.
         null_text: what stands for no text, for `null_cond`: an embedding (L, D), or a dict of it and its "text_mask".
         image_size: side of its images (or latents) in pixels, where its config does not say.
         w_range: weights that a model with `time_cond_proj_dim` was trained for (w = 0 is no guidance; Stable
             Diffusion's guidance scale is 1 + w).
+        weights: False reads a folder's settings alone and gives a denoiser on the meta device: what it is, in no time.
 
     Raises:
         ValueError: a class, prediction type or scheduler that is not known; the message lists those that are.
@@ -47,14 +52,18 @@ def from_diffusers(
     """
     library = diffusers("from_diffusers")
     if isinstance(model, str | os.PathLike):
-        model, scheduler = _read(Path(model), scheduler, library)
+        model, scheduler = _read(Path(model), scheduler, library, weights)
+    elif isinstance(scheduler, str | os.PathLike):
+        scheduler = _read_scheduler(Path(scheduler), library)
     for part in PARTS:
         scheduler = scheduler if scheduler is not None else getattr(model, "scheduler", None)
         model = getattr(model, part, None) or model
     name = known_class(type(model).__name__)
     assert isinstance(model, nn.Module)
     schedule, prediction = _schedule(scheduler), known_prediction(scheduler.config.get("prediction_type"))
-    settings = settings_of(model) | ({} if image_size is None else {"sample_size": image_size})
+    settings = settings_of(model)
+    if image_size is not None and not isinstance(settings.get("sample_size"), int):
+        settings["sample_size"] = image_size
     null = {"text": null_text} if isinstance(null_text, Tensor) else dict(null_text or {})
     guided = settings.get("time_cond_proj_dim") is not None
     network = DiffusersNetwork(
@@ -82,23 +91,43 @@ def _schedule(scheduler: Any) -> Discrete:
     return Discrete(alphas)
 
 
-def _read(folder: Path, scheduler: Any, library: Any) -> tuple[nn.Module, Any]:
-    """The network of a pipeline's folder, and its scheduler unless one is given."""
+def _read(folder: Path, scheduler: Any, library: Any, weights: bool) -> tuple[nn.Module, Any]:
+    """The network of a model's or pipeline's folder, and its scheduler unless one is given."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: from_diffusers reads local ones and downloads nothing")
-    parts = [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
-    if not parts:
-        raise FileNotFoundError(f"{folder} has no {' or '.join(f'{part}/config.json' for part in PARTS)}")
-    loaded = {"local_files_only": True}
-    kind = known_class(json.loads((parts[0] / "config.json").read_text()).get("_class_name", ""))
-    model: nn.Module = getattr(library, kind).from_pretrained(parts[0], use_safetensors=True, **loaded)
-    if scheduler is None:
-        config = folder / "scheduler" / "scheduler_config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{config} is missing: give a scheduler")
-        settings = json.loads(config.read_text())
-        scheduler = getattr(library, _scheduler_name(settings, library)).from_config(settings)
-    return model, scheduler
+    places = [place for place in (*(folder / part for part in PARTS), folder) if (place / "config.json").is_file()]
+    if not places:
+        known = " or ".join(f"{part}/config.json" for part in PARTS)
+        raise FileNotFoundError(f"{folder} has no {known}, nor config.json of a model")
+    if scheduler is None or isinstance(scheduler, str | os.PathLike):
+        scheduler = _read_scheduler(folder if scheduler is None else Path(scheduler), library)
+    settings = _read_settings(places[0] / "config.json")
+    kind = getattr(library, known_class(str(settings.get("_class_name"))))
+    if weights:
+        model: nn.Module = kind.from_pretrained(places[0], use_safetensors=True, local_files_only=True)
+        return model, scheduler
+    with torch.device("meta"):
+        return kind.from_config(settings), scheduler
+
+
+def _read_scheduler(folder: Path, library: Any) -> Any:
+    """The scheduler of a pipeline's folder, or the one that lies in the folder itself."""
+    places = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{places[0]} is missing: give a scheduler")
+    settings = _read_settings(found[0])
+    return getattr(library, _scheduler_name(settings, library)).from_config(settings)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no settings: it must be a JSON object")
+    return settings
 
 
 def _scheduler_name(settings: Mapping[str, Any], library: Any) -> str:

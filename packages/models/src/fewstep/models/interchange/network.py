@@ -171,7 +171,7 @@ class DiffusersNetwork(Network):
             projection = self.model.time_embedding.cond_proj
             inputs["timestep_cond"] = sinusoidal(1000.0 * weight, projection.in_features).to(projection.weight.dtype)
         if self.config["settings"].get("time_embedding_type") == "learned":
-            time = time.round().long()
+            time = time.round().long().clamp(min=0)  # at t = 0 the index is -1
         labels = inputs.get("class_labels")
         embedding = getattr(self.model, "class_embedding", None)  # a DiT's classes are in its embeddings' outputs
         self._weight, self._class = weight, None if embedding is None or labels is None else embedding(labels)
