@@ -175,7 +175,7 @@ def test_a_folder_is_its_pipeline(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_pipeline_is_read_with_a_scheduler_from_anywhere(tmp_path: Path) -> None:
-    """Training scripts often save the network alone; its scheduler then lies beside it, or in a folder that one names."""
+    """Scripts often save the network alone; its scheduler then lies beside it, or in a folder that one names."""
     unet().save_pretrained(tmp_path / "model")
     ddpm("v_prediction").save_pretrained(tmp_path / "elsewhere")
     z, cond, _ = inputs("UNet2DModel")
@@ -275,8 +275,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DiffusionPipeline"}')
     with pytest.raises(ValueError, match="scheduler 'DiffusionPipeline' is none of diffusers"):
         from_diffusers(tmp_path)
-    for text, message in (("{", "is not JSON"), ("[]", "must be a JSON object")):
-        (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+    for content, message in (("{", "is not JSON"), ("[]", "must be a JSON object")):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_content(text)
         with pytest.raises(ValueError, match=message):
             from_diffusers(tmp_path)
 
