@@ -78,6 +78,22 @@ def test_half_precision_stays_near_its_rounding(dtype: torch.dtype, return_lse: 
     assert error < (1 if return_lse else 2) * torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("keys", [24, 300])
+def test_gradients_in_half_precision_stay_near_its_rounding(keys: int) -> None:
+    """On the CPU few keys are computed in float32, for speed, whatever autocast says: gradients as exact as before."""
+    given = inputs((2, 2, 33, keys, 32), torch.bfloat16)
+    leaves = [x.clone().requires_grad_() for x in given]
+    doubles = [x.double().requires_grad_() for x in given]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = attention(*leaves)
+    assert result.dtype == torch.bfloat16
+    cotangent = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(oracle(*doubles)[0], doubles, cotangent.bfloat16().double())
+    for found, exact in zip(torch.autograd.grad(result, leaves, cotangent.bfloat16()), expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - exact).norm() / exact.norm() < 2 * torch.finfo(torch.bfloat16).eps
+
+
 LENGTHS = [None, torch.tensor([3, 5])]
 
 
