@@ -276,7 +276,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scheduler 'DiffusionPipeline' is none of diffusers"):
         from_diffusers(tmp_path)
     for content, message in (("{", "is not JSON"), ("[]", "must be a JSON object")):
-        (tmp_path / "scheduler" / "scheduler_config.json").write_content(text)
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             from_diffusers(tmp_path)
 
