@@ -128,6 +128,18 @@ def test_a_model_trained_with_masks_is_given_them(cond):
     assert torch.equal(made[chosen], edit(recorder.denoiser, X, NOISE, 2, 1.0)[chosen])
 
 
+def test_what_a_model_sees_of_the_image_can_be_said():
+    # of latents it is the encoding of the masked picture: the latents themselves know what the mask hides
+    recorder = Recorder(Gaussian(Cosine()), takes_mask=True)
+    seen = torch.linspace(-1, 1, X.numel(), dtype=X.dtype).reshape(X.shape)
+    made = inpaint(recorder, X, NOISE, 2, mask=MASK, masked_image=seen)
+    assert all(torch.equal(given["masked_image"], seen) for *_, given, _ in recorder.calls)
+    kept = ~MASK.bool().expand_as(X)
+    assert torch.equal(made[kept], X[kept])
+    with pytest.raises(ValueError, match=r"masked_image has shape .*: must be that of x"):
+        inpaint(recorder, X, NOISE, 2, mask=MASK, masked_image=seen[:1])
+
+
 def test_raw_outputs_and_guidance_reach_inpainting():
     # the way through raw must give the same painting as the way through x
     mixture = Mixture.random(Cosine(log_snr_min=-10.0), shape=(2, 3, 3))

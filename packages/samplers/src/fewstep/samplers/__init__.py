@@ -26,7 +26,7 @@ From images instead of noise: `encode` (back to the noise), `transfer`, `edit`, 
 from fewstep.samplers.ancestral import ancestral
 from fewstep.samplers.ddim import ddim, ddim_step
 from fewstep.samplers.dpmpp_2m import dpmpp_2m
-from fewstep.samplers.edit import edit, inpaint, paste
+from fewstep.samplers.edit import edit, inpaint, paste, with_mask
 from fewstep.samplers.encode import encode
 from fewstep.samplers.heun import heun
 from fewstep.samplers.stochastic import stochastic
@@ -44,4 +44,5 @@ __all__ = [
     "paste",
     "stochastic",
     "transfer",
+    "with_mask",
 ]

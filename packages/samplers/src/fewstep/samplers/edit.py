@@ -86,30 +86,32 @@ def inpaint(
     w: Weight = None,
     *,
     mask: Tensor,
+    masked_image: Tensor | None = None,
     sampler: Sampler = ddim,
     **options: Any,
 ) -> Tensor:
     """Paint x anew where `mask` is 1; every other pixel comes back bit for bit (arXiv 2210.03142, section 4.4).
 
     A denoiser with a true attribute `takes_mask` was trained with the mask and the masked image as inputs: they join
-    `cond` under the keys "mask" and "masked_image" (a tensor `cond` becomes the key "y"). Any other denoiser is told x
-    where it is known, at every call (`Known`). Both end in `paste`; for latents, paste again after decoding.
+    `cond` (`with_mask`). Any other denoiser is told x where it is known, at every call (`Known`). Both end in `paste`;
+    for latents, paste again after decoding.
 
     Args:
         denoiser, x, noise, steps, cond, w, sampler, options: as in `edit`; w = 0 is no guidance (Stable Diffusion's
             guidance scale is 1 + w).
         strength: as in `edit`; 1 forgets what x holds under the mask.
         mask: binary, (B or 1, C or 1, H, W): 1 where x is painted anew.
+        masked_image: like x, see `with_mask`; only a denoiser that takes masks looks at it.
 
     Shape: -> like x.
 
     Raises:
-        ValueError: mask of the wrong size or not binary, or what `edit` refuses.
+        ValueError: mask or masked_image of the wrong size, mask not binary, or what `edit` refuses.
     """
     checks.pair(x, noise)
     chosen = checks.mask(mask, x)
     if getattr(denoiser, "takes_mask", False):
-        cond = _with_mask(cond, x, chosen)
+        cond = with_mask(cond, x, chosen, masked_image)
     else:
         denoiser = Known(denoiser, x, chosen)
     return paste(edit(denoiser, x, noise, steps, strength, cond, w, sampler=sampler, **options), x, chosen)
@@ -120,8 +122,23 @@ def paste(painted: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, painted, x)
 
 
-def _with_mask(cond: Cond, x: Tensor, mask: Tensor) -> Cond:
-    """What a model trained for inpainting is given: mask (B, 1, ...) of 0 and 1, and x with 0 for what is painted."""
+def with_mask(cond: Cond, x: Tensor, mask: Tensor, masked_image: Tensor | None = None) -> dict[str, Tensor]:
+    """What a model trained for inpainting is given, in training and after: `cond` with "mask" and "masked_image".
+
+    Args:
+        cond: what else it is given; a tensor becomes the key "y".
+        x: (B, ...).
+        mask: binary, (B or 1, C or 1, ...): 1 where x is painted anew. As the key "mask" it is (B, 1, ...) like x.
+        masked_image: like x, what the model sees of it; None: x with 0 where the mask is 1. For latents give the
+            encoding of the masked picture: latents beside the mask know what was under it.
+
+    Raises:
+        ValueError: mask of the wrong size or not binary, or masked_image not shaped like x.
+    """
+    chosen = checks.mask(mask, x)
+    if masked_image is not None and masked_image.shape != x.shape:
+        raise ValueError(f"masked_image has shape {tuple(masked_image.shape)}: must be that of x, {tuple(x.shape)}")
+    seen = x.masked_fill(chosen, 0.0) if masked_image is None else masked_image
     given = dict(cond) if isinstance(cond, Mapping) else ({} if cond is None else {"y": cond})
-    one = mask.any(1, keepdim=True).expand(len(x), 1, *x.shape[2:])
-    return {**given, "mask": one.to(x.dtype), "masked_image": x.masked_fill(mask, 0.0)}
+    one = chosen.any(1, keepdim=True).expand(len(x), 1, *x.shape[2:])
+    return {**given, "mask": one.to(x.dtype), "masked_image": seen}
