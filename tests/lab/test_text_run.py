@@ -25,9 +25,9 @@ from fewstep.lab.metrics import wilson
 from fewstep.lab.networks import build_denoiser
 from fewstep.lab.report.grid import markdown
 from fewstep.lab.sampling import SampleSpec
-from fewstep.lab.shapes import World
+from fewstep.lab.shapes import World, parse, read, score
 from fewstep.lab.text import Prompted, TextSplit, conditioned, for_method, new_encoder
-from fewstep.models import NetworkDenoiser, load, with_guidance_input
+from fewstep.models import Autoencoder, NetworkDenoiser, load, with_guidance_input
 from fewstep.samplers import ddim
 from fewstep.schedules import sample_seeds, seeded_noise
 
@@ -56,6 +56,11 @@ def prompted() -> Prompted:
     return made.eval()
 
 
+def latents(count: int) -> Tensor:
+    """Stand for an autoencoder's."""
+    return seeded_noise(sample_seeds(0, 0, torch.arange(count)), (4, 8, 8))
+
+
 @pytest.mark.slow
 def test_the_encoder_learns_with_the_teacher_and_is_frozen_after(run: Path) -> None:
     """A student that trains its own encoder, or is saved without one, answers other prompts than its teacher."""
@@ -66,6 +71,20 @@ def test_the_encoder_learns_with_the_teacher_and_is_frozen_after(run: Path) -> N
     fresh = new_encoder(TextConfig("bpe", 300, 40, 16, 1, 2), captions)
     assert fresh.tokenizer.to_config() == encoders[0].tokenizer.to_config()
     assert encoders[0].norm_out.weight.sub(1).abs().max() > 1e-4  # it starts at 1 everywhere
+
+
+@pytest.mark.slow
+def test_round_trips_of_the_autoencoder_are_read(run: Path) -> None:
+    """What latents lose no sampler gives back: the checker's share of captions after a round trip bounds all others."""
+    found = json.loads((run / "autoencoder" / "reconstruction.json").read_text())
+    data = load_data(compose(SHAPES_TEXT, ["preset=debug"]).data)
+    autoencoder = Autoencoder.load(run / "autoencoder" / "model")
+    with torch.no_grad():
+        made = autoencoder.decode(autoencoder.encode(data.heldout.images).mean).clamp(-1, 1)
+    expected = [score(parse(text), things).all for text, things in zip(data.heldout.captions, read(made), strict=True)]
+    assert found["alignment"]["all"]["trials"] == len(expected) == 24
+    assert found["alignment"]["all"]["share"] == sum(expected) / 24
+    assert found["rmse"]["heldout"] == pytest.approx(float((made - data.heldout.images).square().mean().sqrt()))
 
 
 @pytest.mark.slow
@@ -93,10 +112,11 @@ def test_prompts_on_the_command_line(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["sample", "--model", str(model), "--out", str(out), "--device", "cpu", *options]) == 0
     prompts = ["a large red circle", "a small green square", "", "a large red circle"]
-    student = load(model)
-    noise = seeded_noise(sample_seeds(0, 0, torch.arange(4)), (3, 32, 32))
+    student, autoencoder = load(model), Autoencoder.load(model / "autoencoder")
+    noise = seeded_noise(sample_seeds(0, 0, torch.arange(4)), autoencoder.latent_shape)
     with torch.no_grad():
-        expected = ddim(student, noise, 2, student.text_encoder.encode(prompts), 2.0).clamp(-1, 1)
+        latents = ddim(student, noise, 2, student.text_encoder.encode(prompts), 2.0)
+        expected = autoencoder.decode(latents).clamp(-1, 1)
     torch.testing.assert_close(load_file(out / "samples.safetensors")["images"], expected, rtol=0, atol=1e-4)
 
 
@@ -125,8 +145,8 @@ def test_the_teacher_drops_to_the_condition_that_guidance_uses(prompted: Prompte
     method = DenoiserTraining(prompted, prompted.null_cond, cond_drop=0.5)
     split = for_method(load_data(config.data).train, method)
     indices = torch.arange(16)
-    x, tokens = split.take(indices)
-    batch = method.draw(x, tokens, indices, 0)
+    _, tokens = split.take(indices)
+    batch = method.draw(latents(16), tokens, indices, 0)
     ends = (batch.cond["tokens"] == prompted.null_cond["tokens"]).all(1)
     assert 2 < ends.sum() < 14
     denoiser = NetworkDenoiser(prompted.denoiser.network, prompted.schedule, "v", text_encoder=prompted.encoder)
@@ -151,8 +171,8 @@ def test_every_part_of_the_encoder_is_trained(prompted: Prompted) -> None:
     """An encoder without gradient leaves prompts at what a random network makes of them."""
     config = compose(SHAPES_TEXT, ["preset=debug"])
     method = DenoiserTraining(prompted, prompted.null_cond, cond_drop=0.1)
-    x, cond = for_method(load_data(config.data).train, method).take(torch.arange(16))
-    method.loss(method.draw(x, cond, torch.arange(16), 0), 0)[0].backward()
+    _, cond = for_method(load_data(config.data).train, method).take(torch.arange(16))
+    method.loss(method.draw(latents(16), cond, torch.arange(16), 0), 0)[0].backward()
     assert [name for name, p in prompted.named_parameters() if p.grad is None or not p.grad.any()] == []
     prompted.zero_grad()
 
