@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.lab.cli import main
-from fewstep.models import GuidedDenoiser, NetworkDenoiser, load, save, with_guidance_input
+from fewstep.models import (
+    ByteTokenizer,
+    GuidedDenoiser,
+    NetworkDenoiser,
+    TextEncoder,
+    load,
+    save,
+    with_guidance_input,
+)
 from fewstep.samplers import edit, inpaint, stochastic, transfer
 from fewstep.schedules import Cosine, Trained, sample_seeds, seeded_noise
 
@@ -35,6 +43,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         student.trained = Trained(kind, 4, (0.0, 2.0))  # type: ignore[arg-type]  # one of the kinds
         save(student, root / kind)
     save(NetworkDenoiser(small_dit(num_classes=None), Cosine(), "v"), root / "unconditional")
+    for name, inpainting in (("prompted", False), ("masked", True)):
+        save(prompted(inpainting), root / name)
     levels = torch.randint(0, 256, (5, *SHAPE), generator=torch.Generator().manual_seed(1))
     save_file({"images": levels / 127.5 - 1, "classes": torch.arange(5)}, root / "images.safetensors")
     save_file({"images": levels / 127.5 - 1}, root / "unlabelled.safetensors")
@@ -50,6 +60,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(mask[:4]).save(root / "half.png")
     (root / "empty").mkdir()
     return root
+
+
+def prompted(inpainting: bool) -> NetworkDenoiser:
+    """A student of 4 steps that takes prompts of at most 11 bytes and, if asked to, masks."""
+    network = small_dit(num_classes=None, text_width=8, inpainting=inpainting)
+    encoder = TextEncoder(ByteTokenizer(), 8, 1, 2, length=12)
+    teacher = NetworkDenoiser(network, Cosine(), "v", text_encoder=encoder)
+    student = with_guidance_input(teacher, w_range=(0.0, 2.0))
+    student.trained = Trained("deterministic", 4, (0.0, 2.0))
+    return student
 
 
 def run(command: str, files: Path, out: Path, *options: str) -> int:
@@ -93,6 +113,48 @@ def test_a_stochastic_student_is_sampled_as_one(files: Path, tmp_path: Path) -> 
     torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
+def test_prompts_are_what_images_become(files: Path, tmp_path: Path) -> None:
+    """Taken in turn, those of the file last; what is too long is cut, and said."""
+    (tmp_path / "more.txt").write_text("blue\n")
+    options = ["--prompt", "red", "--prompts", str(tmp_path / "more.txt"), "--w", "1", "--seed", "3"]
+    arguments = ["--model", "@prompted", "--input", "@images.safetensors", "--strength", "0.5", *options]
+    assert run("edit", files, tmp_path, *arguments) == 0
+    found, model = load_file(tmp_path / "samples.safetensors"), load(files / "prompted")
+    assert model.text_encoder is not None
+    text = model.text_encoder.encode(["red", "blue", "red", "blue", "red"])
+    expected = edit(model, given(files), noise(3), 4, 0.5, text, 1.0).clamp(-1, 1)
+    torch.testing.assert_close(found["images"], expected, atol=1e-4, rtol=0)
+    assert "classes" not in found
+
+
+def test_a_long_prompt_is_cut_and_said(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Words that never reached the model must not look as if it had ignored them."""
+    arguments = ["--model", "@prompted", "--input", "@images.safetensors", "--prompt", "a red triangle"]
+    assert run("edit", files, tmp_path, *arguments, "--strength", "0.5") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: prompt 'a red triangle' has 14 tokens, more than the 11" in said
+    assert "'gle' was cut off" in said
+
+
+def test_a_model_trained_with_masks_is_given_them(files: Path, tmp_path: Path) -> None:
+    """By inpaint the mask, by edit one that hides everything: such a model cannot be called without."""
+    model = load(files / "masked")
+    assert model.text_encoder is not None
+    text = model.text_encoder.encode(["red"] * 5)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 5:] = 1
+    arguments = ["--model", "@masked", "--input", "@images.safetensors", "--prompt", "red", "--w", "1"]
+    assert run("inpaint", files, tmp_path, *arguments, "--mask", "@mask.png") == 0
+    found = load_file(tmp_path / "samples.safetensors")["images"]
+    expected = inpaint(model, given(files), noise(), 4, 1.0, text, 1.0, mask=mask).clamp(-1, 1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert torch.equal(found[..., :5], given(files)[..., :5])
+    assert run("edit", files, tmp_path, *arguments, "--strength", "0.5") == 0
+    hidden = {**text, "mask": torch.ones(5, 1, 8, 8), "masked_image": torch.zeros(5, *SHAPE)}
+    expected = edit(model, given(files), noise(), 4, 0.5, hidden, 1.0).clamp(-1, 1)
+    torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["images"], expected, atol=1e-4, rtol=0)
+
+
 def test_inpaint_keeps_what_the_mask_keeps(files: Path, tmp_path: Path) -> None:
     """White is painted, black comes back bit for bit, in the tensors and in the levels of the picture."""
     options = ["--mask", "@mask.png", "--classes", "4", "--w", "1"]
@@ -130,6 +192,7 @@ def test_a_teacher_can_stand_on_both_sides(files: Path, tmp_path: Path) -> None:
 
 
 EDIT = ["--model", "@deterministic", "--input", "@images.safetensors", "--classes", "1"]
+TEXT = ["--model", "@prompted", "--input", "@images.safetensors", "--strength", "0.5"]
 PAIR = ["--encoder", "@encoder", "--decoder", "@deterministic", "--to", "1"]
 
 
@@ -147,6 +210,16 @@ PAIR = ["--encoder", "@encoder", "--decoder", "@deterministic", "--to", "1"]
         ("edit", [*EDIT, "--strength", "0.5", "--input", "@other.safetensors"], "holds no images"),
         ("edit", [*EDIT, "--strength", "0.5", "--input", "@empty"], "must be a PNG, a folder with some"),
         ("edit", [*EDIT, "--strength", "0.5", "--input", "@nowhere.png"], "no picture that can be read"),
+        (
+            "edit",
+            [*EDIT, "--strength", "0.5", "--prompt", "red"],
+            "--prompt: must be left out: this model takes no text",
+        ),
+        ("edit", TEXT, "--prompt: must be given, or --prompts FILE: this model takes text"),
+        ("edit", [*TEXT, "--prompt", "red", "--classes", "1"], "--classes 1: must be left out"),
+        ("edit", [*TEXT, "--prompts", "nowhere.txt"], "--prompts nowhere.txt: must be a file of one prompt per line"),
+        ("edit", [*TEXT, "--prompt", "red", "--negative-prompt", "blue"], "guidance leads away from the empty prompt"),
+        ("inpaint", [*TEXT, "--prompt", "red", "--mask", "@half.png"], "mask has shape (1, 1, 4, 8)"),
         ("inpaint", [*EDIT, "--mask", "@grey.png"], "mask is not binary"),
         ("inpaint", [*EDIT, "--mask", "@half.png"], "mask has shape (1, 1, 4, 8)"),
         ("inpaint", [*EDIT, "--mask", "@images.safetensors"], "no picture that can be read"),

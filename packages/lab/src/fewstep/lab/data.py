@@ -23,8 +23,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Cond]:
-        """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,)."""
+    def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
+        """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,).
+
+        seeds: (B,) int64, what a condition is drawn by where it is another at every visit.
+        """
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
 
     def to(self, device: torch.device) -> Self:

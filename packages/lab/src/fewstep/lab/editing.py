@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rich.console import Console
 
 from fewstep.lab.config import ConfigError
-from fewstep.lab.sample import parse_classes, require, steps_for, weight_for
+from fewstep.lab.sample import add_prompts, parse_classes, require, spec_of, steps_for, weight_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +30,7 @@ class Given(NamedTuple):
 
 def add_commands(commands: Any) -> None:
     """The three commands."""
-    edit = commands.add_parser("edit", help="noise images part of the way and sample from there as another class")
+    edit = commands.add_parser("edit", help="noise images part of the way, sample from there as something else")
     _model_arguments(edit)
     edit.add_argument("--strength", type=float, required=True, help="share of the steps to go back, in [0, 1]")
     edit.set_defaults(command=edit_command)
@@ -53,7 +52,9 @@ def add_commands(commands: Any) -> None:
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
     parser.add_argument("--classes", default="", metavar="LIST", help="what to become, e.g. 8 or 0-9, taken in turn")
+    add_prompts(parser)
     parser.add_argument("--seed", type=int, default=0, help="image i's noise is a function of seed and i alone")
+    parser.set_defaults(sampler=None, chunk=1)  # what the model is for, and all images at once
     _common_arguments(parser)
 
 
@@ -73,9 +74,7 @@ def edit_command(args: argparse.Namespace, console: Console) -> int:
     Raises:
         ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be; nothing is written.
     """
-    from fewstep.samplers import edit
-
-    return _sampled(args, console, edit, {})
+    return _sampled(args, console, None)
 
 
 def inpaint_command(args: argparse.Namespace, console: Console) -> int:
@@ -84,42 +83,33 @@ def inpaint_command(args: argparse.Namespace, console: Console) -> int:
     Raises:
         ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be; nothing is written.
     """
-    from fewstep.samplers import inpaint
-
-    return _sampled(args, console, inpaint, {"mask": read_mask(Path(args.mask))})
+    return _sampled(args, console, read_mask(Path(args.mask)))
 
 
-def _sampled(args: argparse.Namespace, console: Console, function: Callable[..., Tensor], options: Any) -> int:
+def _sampled(args: argparse.Namespace, console: Console, mask: Tensor | None) -> int:
     """What `edit` and `inpaint` have in common."""
     import torch
 
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
-    from fewstep.lab.latents import autoencoder_of, decode, encode, latent_mask
-    from fewstep.lab.sampling import SAMPLERS, misuse, own_sampler
+    from fewstep.lab.inpainting import remake
+    from fewstep.lab.latents import autoencoder_of
+    from fewstep.lab.sampling import SAMPLERS, condition, misuse
     from fewstep.models import load
-    from fewstep.schedules import sample_seeds, seeded_noise
+    from fewstep.schedules import seeded_noise
 
     device = pick_device(args.device)
     network, autoencoder = load(args.model, device), autoencoder_of(Path(args.model), device)
-    given, w = read_images(Path(args.input), shape_of(network, autoencoder)), weight_for(args.w, network)
-    steps = steps_for(args.steps, args.model, network)
-    classes = classes_for(args.classes, network, len(given.images), "--classes")
-    seeds = sample_seeds(args.seed, 0, torch.arange(len(given.images)))
-    noise = seeded_noise(seeds, shape_of(network))
-    images, mask = encode(autoencoder, given.images), options.get("mask")
-    if mask is not None and autoencoder is not None:
-        options = {**options, "mask": latent_mask(mask, autoencoder)}
+    given = read_images(Path(args.input), shape_of(network, autoencoder))
+    spec, count = spec_of(args, network), len(given.images)
+    seeds = spec.seeds(0, count)
     with misuse(console, args.strict), torch.inference_mode():
-        made = function(
-            with_guidance(network, w), images.to(device), noise.to(device), steps, args.strength,
-            None if classes is None else classes.to(device), w, sampler=SAMPLERS[own_sampler(network.trained)],
-            seeds=seeds, **{name: value.to(device) for name, value in options.items()},
+        made = remake(
+            with_guidance(network, spec.w), given.images, seeded_noise(seeds, spec.shape).to(device), spec.steps,
+            args.strength, condition(network, spec, 0, count, device), spec.w, mask=mask, autoencoder=autoencoder,
+            sampler=SAMPLERS[spec.sampler], seeds=seeds,
         )  # fmt: skip
-    made = decode(autoencoder, made.float().cpu())
-    if mask is not None and autoencoder is not None:  # known pixels bit for bit, which no round trip gives
-        made = torch.where(mask.bool(), made, given.images)
-    return _write(args, console, given, made, classes)
+    return _write(args, console, given, made, spec.labels(0, count))
 
 
 def transfer_command(args: argparse.Namespace, console: Console) -> int:

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--w", type=float, help=weight)
     parser.add_argument("--num", type=int, default=100, help="number of images")
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
-    said = "what the image is to show, of a model that takes text; repeat it for several, taken in turn"
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=said)
-    parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line")
+    add_prompts(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
     parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")
     parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
@@ -47,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=1, help="jobs that share the work, with cluster=slurm")
     parser.add_argument("overrides", nargs="*", default=[], metavar="cluster=...", help="where to: see docs/slurm.md")
     parser.add_argument("--strict", action="store_true", help="refuse a w or sampler that it was not trained for")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that makes images of models with text."""
+    said = "what the image is to show, of a model that takes text; repeat it for several, taken in turn"
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=said)
+    parser.add_argument("--prompts", metavar="FILE", help="more of them, one per line")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="refused: guidance leads away from the empty prompt")
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
@@ -62,6 +68,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.cluster.choice import chosen
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.inpainting import as_generator
     from fewstep.lab.latents import autoencoder_of
     from fewstep.lab.sampling import misuse
     from fewstep.models import load
@@ -74,10 +81,11 @@ def command(args: argparse.Namespace, console: Console) -> int:
     cluster = chosen(args.overrides)
     if cluster.kind == "slurm":
         return _send(args, spec, cluster, console)
+    autoencoder = autoencoder_of(Path(args.model), device)
     with misuse(console, args.strict):
-        denoiser = with_guidance(network, spec.w)
+        denoiser = as_generator(with_guidance(network, spec.w), autoencoder)
         made = list(sample(denoiser, spec, args.num, device, console))
-    images = torch.cat(decoded(autoencoder_of(Path(args.model), device), made, console)).clamp(-1, 1)
+    images = torch.cat(decoded(autoencoder, made, console)).clamp(-1, 1)
     write(Path(args.out), images, spec, args.model, every_image=args.png)
     console.print(f"{Path(args.out) / 'grid.png'}  {Path(args.out) / 'samples.safetensors'}")
     return 0
@@ -112,9 +120,12 @@ def prompts_for(args: argparse.Namespace, network: NetworkDenoiser) -> tuple[str
     """Those of --prompt, then those of --prompts; none for a model without text.
 
     Raises:
-        ConfigError: a model without text is given one, one with text none, or the file cannot be read or is empty.
+        ConfigError: a model without text is given one, one with text none or a negative one, or the file cannot be read
+            or is empty.
     """
     found = list(args.prompt)
+    away = "left out: guidance leads away from the empty prompt, and students have learned no other way"
+    require(args.negative_prompt is None, "--negative-prompt", args.negative_prompt, away)
     if args.prompts is not None:
         try:
             lines = Path(args.prompts).read_text().splitlines()

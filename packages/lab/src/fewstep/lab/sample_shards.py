@@ -16,6 +16,7 @@ from rich.console import Console
 from fewstep.lab.config import ConfigError
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
+from fewstep.lab.inpainting import as_generator
 from fewstep.lab.latents import autoencoder_of
 from fewstep.lab.sample import decoded, write
 from fewstep.lab.sampling import SampleSpec, knowingly, timed_chunk
@@ -55,7 +56,8 @@ class Sampling:
     def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
         """Make the chunks of this shard that are missing."""
         spec, (model, key) = self.samples.spec, self.samples.place()
-        denoiser = with_guidance(model.network, spec.w)
+        autoencoder = autoencoder_of(Path(self.samples.model), model.device)
+        denoiser = as_generator(with_guidance(model.network, spec.w), autoencoder)
         made, seconds = 0, 0.0
         for start, end in list(spec.ranges(self.samples.num))[shard::shards]:
             if stop():

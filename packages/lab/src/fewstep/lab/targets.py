@@ -75,13 +75,12 @@ class Work:
         """Make this shard's missing files; says whether none is missing in the end."""
         from fewstep.lab.data import Order
         from fewstep.lab.distributed import pick_device
-        from fewstep.lab.latents import training_split
+        from fewstep.lab.inpainting import split_for
         from fewstep.lab.stored import TargetStore, key_of, make
-        from fewstep.lab.text import for_method
 
         device = pick_device(config.device)
         method, seed = training_of(config, self.stage, console)
-        split = for_method(training_split(config, config.stages[self.stage]), method).to(device)
+        split = split_for(config, config.stages[self.stage], method).to(device)
         order = Order(len(split), config.stages[self.stage].batch_size, seed)
         store = TargetStore(Path(self.root), key_of(method, order), self.draws * len(split), self.chunk)
         store.write_index()

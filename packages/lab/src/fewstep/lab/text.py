@@ -28,16 +28,25 @@ class Prompted(nn.Module):
         self.denoiser, self.encoder, self.schedule = denoiser, encoder, denoiser.schedule  # optimisers keep this order
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether the denoiser is for inpainting."""
+        return self.denoiser.takes_mask
+
+    @property
     def null_cond(self) -> dict[str, Tensor]:
         """The empty prompt's tokens."""
         device = self.encoder.positions.device
         return {name: tensor.to(device) for name, tensor in self.encoder.null_tokens.items()}
 
     def forward(self, z: Tensor, t: Tensor, cond: Cond = None, w: Tensor | float | None = None) -> Tensor:
-        """The estimate of x. Shape: z (B, C, H, W), t (B,), cond {"tokens", "text_mask"} (B, L) -> (B, C, H, W)."""
+        """The estimate of x. Shape: z (B, C, H, W), t (B,), cond {"tokens", "text_mask"} (B, L) -> (B, C, H, W).
+
+        What else cond holds, such as a mask, goes to the denoiser.
+        """
         assert isinstance(cond, Mapping)  # as TextSplit gives it
-        tokens, mask = cond["tokens"], cond["text_mask"]
-        estimate: Tensor = self.denoiser(z, t, {"text": self.encoder(tokens, mask), "text_mask": mask}, w)
+        given = dict(cond)
+        text = self.encoder(given.pop("tokens"), given["text_mask"])
+        estimate: Tensor = self.denoiser(z, t, {**given, "text": text}, w)
         return estimate
 
 
@@ -52,7 +61,7 @@ class TextSplit(Split):
     mask: Tensor | None = None
     encoder: TextEncoder | None = None
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Cond]:
+    def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
         """Images (B, C, H, W) and conditions at `indices` (B,)."""
         assert self.tokens is not None  # `conditioned` makes these
         assert self.mask is not None
@@ -90,7 +99,12 @@ def conditioned(split: Split, *networks: object) -> Split:
 
 def for_method(split: Split, method: Method) -> Split:
     """The split as `method` trains on it; the judge, which has no text, gets classes."""
-    return conditioned(split, getattr(method, "teacher", None), *method.networks.values())
+    return conditioned(split, *networks_of(method))
+
+
+def networks_of(method: Method) -> tuple[object, ...]:
+    """What takes a condition in a method's training: its teacher, or None, and what it trains."""
+    return getattr(method, "teacher", None), *method.networks.values()
 
 
 def _with_tokens(split: Split, tokenizing: TextEncoder, embedding: TextEncoder | None) -> TextSplit:

@@ -168,8 +168,9 @@ class Trainer:
         rank, world = distributed.rank(), distributed.world_size()
         torch.manual_seed(mix(self.seed, n, rank))  # what dropout draws from
         positions = self._positions(n, rank, world)
-        x, cond = self.split.take(self.order.indices(positions).to(self.device))
-        return self.method.draw(x, cond, self.order.seeds(positions).to(self.device), n)
+        seeds = self.order.seeds(positions).to(self.device)
+        x, cond = self.split.take(self.order.indices(positions).to(self.device), seeds)
+        return self.method.draw(x, cond, seeds, n)
 
     def _positions(self, n: int, rank: int, world: int) -> Tensor:
         """Places in the stream of samples; stored targets are met again from the first once all were."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from fewstep.lab.config import ConfigError
+from fewstep.lab.inpainting import as_generator
+from fewstep.lab.latents import autoencoder_of
 from fewstep.lab.networks import on_schedule
 from fewstep.models import GuidedDenoiser, NetworkDenoiser, load
 from fewstep.schedules import Denoiser
@@ -61,8 +63,9 @@ class Model:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The same, guided from outside if it is a teacher."""
-        return with_guidance(on_schedule(self.network, self.schedule), None)
+        """The same, guided from outside if it is a teacher, and a generator if it is for inpainting."""
+        guided = with_guidance(on_schedule(self.network, self.schedule), None)
+        return as_generator(guided, autoencoder_of(self.folder, self.device)) if self.network.takes_mask else guided
 
     @cached_property
     def two_branches(self) -> bool:

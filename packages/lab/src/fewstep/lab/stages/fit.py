@@ -9,9 +9,9 @@ from fewstep.lab import distributed
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Order
-from fewstep.lab.latents import give_autoencoder, training_split
+from fewstep.lab.inpainting import split_for
+from fewstep.lab.latents import give_autoencoder
 from fewstep.lab.stored import TargetStore, open_store
-from fewstep.lab.text import for_method
 from fewstep.lab.train import Trainer, mix
 from fewstep.models import NetworkDenoiser, load, save
 
@@ -43,7 +43,7 @@ def fit(
     """
     if ctx.instead is not None:
         return ctx.instead(method, seed)
-    split = for_method(training_split(ctx.config, ctx.stage), method)
+    split = split_for(ctx.config, ctx.stage, method)
     trainer = Trainer(
         method,
         split,

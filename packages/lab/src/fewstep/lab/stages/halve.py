@@ -16,10 +16,9 @@ from fewstep.distill.progressive import Kind
 from fewstep.lab import distributed, record
 from fewstep.lab.config import HalveConfig
 from fewstep.lab.context import StageContext
-from fewstep.lab.latents import training_split
+from fewstep.lab.inpainting import split_for
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
-from fewstep.lab.text import for_method
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained, sample_seeds
 
@@ -70,10 +69,11 @@ def _method(
 @torch.no_grad()
 def _assert_nothing_to_learn(ctx: StageContext, method: Halving, seed: int) -> None:
     """The student, a copy of its teacher, answers with its targets: the loss of a batch is 0 but for rounding."""
-    split = for_method(training_split(ctx.config, ctx.stage), method).to(ctx.device)
+    split = split_for(ctx.config, ctx.stage, method).to(ctx.device)
     first = torch.arange(min(len(split), ctx.stage.batch_size), device=ctx.device)
-    x, cond = split.take(first)
-    _, logs = method.loss(method.draw(x, cond, sample_seeds(seed, 0, first), 0), 0)
+    seeds = sample_seeds(seed, 0, first)
+    x, cond = split.take(first, seeds)
+    _, logs = method.loss(method.draw(x, cond, seeds, 0), 0)
     assert float(logs["x_mse"]) < ROUNDING, f"{ctx.stage.name}: a copy of the 2-step student has loss {logs['x_mse']:g}"
 
 

@@ -24,6 +24,7 @@ from fewstep.lab.checkpoint import load_latest
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Order
+from fewstep.lab.inpainting import with_masks
 from fewstep.lab.latents import training_split
 from fewstep.lab.networks import config_of, on_schedule, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything, stage_seed
@@ -134,10 +135,11 @@ def _preconditioner(ctx: StageContext, teacher: NetworkDenoiser, steps: int) -> 
 
 def _batches(ctx: StageContext, teacher: NetworkDenoiser) -> Iterator[tuple[Tensor, Cond, Tensor]]:
     """Images, conditions and seeds for the preconditioner."""
-    split = conditioned(training_split(ctx.config, ctx.stage), teacher).to(ctx.device)
+    split = with_masks(conditioned(training_split(ctx.config, ctx.stage), teacher), ctx.config, teacher).to(ctx.device)
     seed = stage_seed(ctx, PRECONDITIONER)
     order = Order(len(split), ctx.stage.batch_size, seed)
     for n in range(ctx.stage.preconditioner_batches):
         positions = order.positions(n)
-        x, cond = split.take(order.indices(positions).to(ctx.device))
-        yield x, cond, sample_seeds(seed, n, positions.to(ctx.device))
+        seeds = sample_seeds(seed, n, positions.to(ctx.device))
+        x, cond = split.take(order.indices(positions).to(ctx.device), seeds)
+        yield x, cond, seeds
