@@ -165,6 +165,7 @@ def test_table_and_pictures_hold_every_figure(tmp_path: Path, rows: list[dict[st
     """The README's table is made by this: each cell stands in its row and column with its deviation."""
     results = {
         "features": "gaussians, not Inception", "data": {"heldout": 90}, "rows": rows,
+        "decoding_images_per_second": None,
         "settings": {**vars(OPTIONS), "reference": vars(OPTIONS.reference)},
     }  # fmt: skip
     marked = the(rows, stage="halve", w=0.0, column=1)
@@ -180,6 +181,10 @@ def test_table_and_pictures_hold_every_figure(tmp_path: Path, rows: list[dict[st
     assert found[3].endswith("(= 2 steps)")
     assert "not trained; the stochastic student of 1 step is that of 2 steps" in text
     assert not any(line[:2] == ["deterministic students (fixed)", "0"] for line in lines)
+    assert "sampling in batches of 25**" in text
+    quick = {**results, "rows": [{**row, "images_per_second": 100.0} for row in rows]}
+    assert {*report.speed(quick).rows[0][2:]} == {"100"}
+    assert {*report.speed({**quick, "decoding_images_per_second": 300.0}).rows[0][2:]} == {"100 (75)"}
     assert (tmp_path / "heat_map.png").stat().st_size > 10_000
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 

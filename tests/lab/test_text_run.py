@@ -101,6 +101,8 @@ def test_the_grid_says_how_many_captions_hold(run: Path) -> None:
     text = markdown(results)
     assert "**captions of unseen combinations that hold**" in text
     assert "class accuracy" not in text
+    assert results["decoding_images_per_second"] > 0
+    assert "(and decoding)**" in text
 
 
 @pytest.mark.slow

@@ -37,6 +37,20 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+@torch.inference_mode()
+def decoding_speed(samples: Samples, repeats: int = 5) -> float | None:
+    """Images per second that latents are decoded at, in chunks and threads as they were sampled; None for images."""
+    if samples.autoencoder is None:
+        return None
+    threads, latents = torch.get_num_threads(), torch.zeros(samples.chunk, *samples.autoencoder.latent_shape)
+    torch.set_num_threads(1 if samples.workers > 1 else threads)
+    try:
+        jobs = {"decoding": partial(decode, samples.autoencoder, latents)}
+        return samples.chunk / interleaved_medians(jobs, repeats, samples.device)["decoding"]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

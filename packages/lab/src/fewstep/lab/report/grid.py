@@ -105,6 +105,7 @@ def markdown(results: Results) -> str:
     """What `table.md` holds: whose features they are of, a table for each measure, and what the figures mean."""
     parts = [f"FID and IS: **{results['features']}**.\n"]
     parts += [f"\n**{measure.name}**\n\n{table(results, measure).markdown()}" for measure in measures(results)]
+    parts.append(f"\n**{_speed_name(results)}**\n\n{speed(results).markdown()}")
     return "".join(parts) + "\n" + note(results) + "\n"
 
 
@@ -119,6 +120,29 @@ def table(results: Results, measure: Measured) -> Table:
                 level = DASH if measure.key == "paired_error" else _cell(teacher(results, w), measure)
                 rows.append([line.name, f"{w:g}", *cells, level])
     return Table(["", "w", *(count_steps(n) for n in steps), "teacher"], rows, text_columns=1)
+
+
+def speed(results: Results) -> Table:
+    """Images per second of each line, at its largest w, and of the teacher; with decoding where there is any."""
+    steps, decoding = _steps(results), results["decoding_images_per_second"]
+    rows = []
+    for line in lines(results):
+        w = max(row["w"] for row in line.rows)
+        cells = [_speed(line.at(w, n), decoding) for n in steps]
+        rows.append([line.name, f"{w:g}", *cells, _speed(teacher(results, w), decoding)])
+    return Table(["", "w", *(count_steps(n) for n in steps), "teacher"], rows, text_columns=1)
+
+
+def _speed_name(results: Results) -> str:
+    alone = "images per second, sampling in batches of " + str(results["settings"]["chunk"])
+    return alone if results["decoding_images_per_second"] is None else f"{alone} (and decoding)"
+
+
+def _speed(row: Row | None, decoding: float | None) -> str:
+    if row is None:
+        return DASH
+    alone = row["images_per_second"]
+    return f"{alone:,.0f}" if decoding is None else f"{alone:,.0f} ({1 / (1 / alone + 1 / decoding):,.0f})"
 
 
 def _cell(row: Row | None, measure: Measured) -> str:

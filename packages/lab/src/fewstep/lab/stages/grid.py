@@ -13,12 +13,13 @@ from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.grid import Grid, alignment_verdicts, measure, verdicts
+from fewstep.lab.evaluation.timing import decoding_speed
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.evaluate import samples_of, students_of
 from fewstep.lab.stages.results import header, made_with, say_targets, tidy, write_results
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 
 KID_SUBSETS = 1  # KID is not part of the grid
 
@@ -37,6 +38,7 @@ def run(ctx: StageContext) -> None:
         **header(ctx, **reference.sizes),
         "judge": {"accuracy_heldout": reference.heldout.accuracy},
         "rows": rows,
+        "decoding_images_per_second": decoding_speed(samples),
         "networks": {name: model.size for name, model in models.items()},
         "stage_seconds": stage_seconds(ctx),
         "circumstances": made_with(ctx, samples.workers),
