@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from lab_configs import digits
+from lab_configs import altered, digits
 from model_helpers import perturbed
 from torch.distributions import Normal, kl_divergence
 
@@ -59,6 +59,6 @@ def test_an_encoder_with_another_autoencoder_is_refused() -> None:
 
 def test_a_students_own_network_predicts_what_its_teacher_does() -> None:
     """After a conversion the experiment's `prediction` is the first teacher's, not the one that is distilled."""
-    config = digits("prediction=eps")
+    config = altered(digits(), "prediction", "eps")
     assert build_denoiser(config, NetworkConfig(preset="debug")).prediction == "eps"
     assert build_denoiser(config, NetworkConfig(preset="debug"), "v").prediction == "v"

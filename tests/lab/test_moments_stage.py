@@ -241,7 +241,7 @@ def test_preconditioner_of_a_teacher_without_checkpoints_is_asked_for_by_name(tm
 def test_eps_teacher_is_distilled_once_it_is_converted(tmp_path: Path) -> None:
     # Broken: the error names a stage that does not help; or the outputs are read as v without the network being taught.
     added = ["prediction=eps", "+stage@stages.convert=convert", "stages.convert.needs=[teacher]"]
-    needs = [f"stages.{name}.needs=[convert]" for name in ("moments", "instant")]
+    needs = [f"stages.{name}.needs=[convert]" for name in ("moments", "instant", "guide")]
     sizes = ["stages.convert.updates=60", "stages.convert.batch_size=32", "stages.convert.ema_half_life=0"]
     config = moments(*added, *needs, *sizes, "stages.convert.lr=3e-3")
     config.stages["moments"] = replace(config.stages["moments"], steps=[2], updates=2)

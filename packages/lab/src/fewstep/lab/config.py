@@ -200,6 +200,21 @@ class TeacherConfig(TrainingConfig):
 
 
 @dataclass
+class PretrainedConfig(StageConfig):
+    """A teacher that is there already, and not trained; what needs one may need this.
+
+    path: folder of a UNet2DModel or DiTTransformer2DModel of diffusers, of a pipeline with one, or of a model that
+    fewstep saved. Its images and classes must be those of `data`, its last class the null one. It brings its network,
+    schedule and prediction: leave out the experiment's. scheduler: folder of diffusers' scheduler, where `path` has
+    none. Both may move; a folder is recognised by its content.
+    """
+
+    kind: str = "pretrained"
+    path: str = _free(MISSING)
+    scheduler: str | None = _free(None)
+
+
+@dataclass
 class ConvertConfig(TeacherConfig):
     """The teacher fine-tuned to another prediction, so that it can be distilled: x from eps is noise where t nears 1.
 
@@ -564,7 +579,8 @@ class Config:
 
     out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch, on the CPU; None: its choice.
     schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
-    "flow". text: of captioned data alone. stages: name -> one of the dataclasses above, in the order in which they run.
+    "flow". These and `network` are left out where the teacher is of kind pretrained and brings its own. text: of
+    captioned data alone. stages: name -> one of the dataclasses above, in the order in which they run.
     cluster: see `ClusterConfig`.
     """
 
@@ -573,6 +589,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    "pretrained": PretrainedConfig,
     deterministic: bool = False  # on GPUs: the same bits every time, slower; the CPU always gives them
     progress: bool = _free(True)
     tensorboard: bool = _free(True)

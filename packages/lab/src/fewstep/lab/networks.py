@@ -106,11 +106,13 @@ def with_dropout(denoiser: NetworkDenoiser, dropout: float | None) -> NetworkDen
         ConfigError: its network has no dropout to set.
     """
     config = config_of(denoiser)
-    if dropout is None or dropout == config.get("dropout", 0.0):
+    arguments = config.get("settings", config)  # a network of diffusers has its own there
+    if dropout is None or dropout == arguments.get("dropout", 0.0):
         return denoiser
-    if "dropout" not in config:
+    if "dropout" not in arguments:
         raise ConfigError(f"dropout={dropout}: {config['type']} has none; use null")
-    network = build_network({**config, "dropout": dropout})
+    changed = {**arguments, "dropout": dropout}
+    network = build_network({**config, "settings": changed} if "settings" in config else changed)
     network.load_state_dict(denoiser.network.state_dict())
     trained, time_input = denoiser.trained, denoiser.time_input
     return NetworkDenoiser(

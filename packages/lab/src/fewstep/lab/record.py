@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from fewstep.kernels.benchmark.results import commit_of
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.config import Config, ConfigError, PretrainedConfig
+from fewstep.lab.sources import refuse_changed
 
 COMMIT = "fewstep.commit"  # beside a copy of the code that was taken at submission: the commit it was taken of
 _SAME_BITS = ("world_size", "threads", "torch")  # what a call must share with the one before to give its bits
@@ -36,7 +37,8 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
     """Raise if `folder` was made with a config that gives other results.
 
     Raises:
-        ConfigError: names the first such key, its old and its new value; or a file of the folder that is damaged.
+        ConfigError: names the first such key, its old and its new value; or a file of the folder that is damaged, or of
+            the checkpoint that it was made from and that is another now.
     """
     read_calls(folder)
     path = folder / "config.yaml"
@@ -51,6 +53,9 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
                 f"{key}={_show(now)}: {folder} was made with {_show(before)}; put that back, or choose another out=, "
                 f"or delete the folder and those made from it"
             )
+    made = config.stages[stage]
+    if isinstance(made, PretrainedConfig):
+        refuse_changed(made, folder)
 
 
 def first_change(old: Config, new: Config) -> tuple[str, Any, Any] | None:

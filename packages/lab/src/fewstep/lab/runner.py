@@ -19,6 +19,7 @@ from fewstep.lab.cluster.attempt import Attempt, Superseded
 from fewstep.lab.config import Config, ConfigError, TrainingConfig
 from fewstep.lab.context import Interrupted, StageContext, unfenced
 from fewstep.lab.networks import build_denoiser
+from fewstep.lab.pretrained import brings_own_network
 from fewstep.lab.signals import StopFlag, stop_on_signals
 from fewstep.lab.validate import stage_order, untrained_weights
 
@@ -77,7 +78,8 @@ def run_stage(
 
 
 def _stages(config: Config, until: str | None) -> list[str]:
-    build_denoiser(config, config.network)  # the network's config is checked here, before anything runs
+    if not brings_own_network(config):
+        build_denoiser(config, config.network)  # the network's config is checked here, before anything runs
     order = stage_order(config)
     if until is None:
         return order

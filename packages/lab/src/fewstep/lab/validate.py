@@ -19,6 +19,7 @@ from fewstep.lab.config import (
     InvertConfig,
     MomentsConfig,
     StageConfig,
+    PretrainedConfig,
     SweepConfig,
     TeacherConfig,
     TrainingConfig,
@@ -27,7 +28,8 @@ from fewstep.lab.data import CAPTIONED, check_data
 from fewstep.lab.text import TOKENIZERS
 from fewstep.lab.validate_grid import check_grid, check_invert, halvings
 from fewstep.lab.validate_latents import check_autoencoder, check_space
-from fewstep.lab.validate_moments import ADAPTIVE, TEACHERS, check_compare, check_convert, check_moments, check_sweep
+from fewstep.lab.validate_moments import ADAPTIVE, check_compare, check_moments, check_sweep
+from fewstep.lab.validate_teachers import TEACHERS, check_convert, check_distillable, check_pretrained, check_student
 
 
 def validate(config: Config) -> None:
@@ -129,8 +131,11 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
     if isinstance(stage, ConvertConfig):
         check_convert(key, stage, config)
+    if isinstance(stage, PretrainedConfig):
+        check_pretrained(key, stage, config)
     if isinstance(stage, GuideConfig):
-        needs_one(key, stage, config, *TEACHERS)
+        check_distillable(key, stage, config)
+        check_student(key, stage, config)
         check_range(f"{key}.w_range", stage.w_range)
         one_of(f"{key}.guidance_form", stage.guidance_form, ("normalized", "diffusers"))
     if isinstance(stage, HalveConfig):
@@ -180,6 +185,7 @@ def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
     require(bool(stage.steps) and stage.steps[-1] >= 1, f"{key}.steps", stage.steps, "at least one, each 1 or more")
     for before, steps in zip(stage.steps, stage.steps[1:], strict=False):
         if before != 2 * steps:
+    check_student(key, stage, config)
             reach = f"{before // 2} comes after {before}" if before % 2 == 0 else f"{before} cannot be halved"
             raise ConfigError(f"{key}.steps={stage.steps}: {steps} is not reached from {before} by halving ({reach})")
     for steps, updates in stage.updates_at.items():

@@ -2,7 +2,7 @@
 
 from fewstep.lab.checks import needs_one, one_of, positive, require
 from fewstep.lab.config import AlignmentTarget, Config, GridConfig, HalveConfig, InvertConfig, StageConfig
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 
 MEASURES = ("fid_heldout", "paired_error")
 ALIGNMENT = ("all", "objects", "sizes", "relation", "place", "unseen")
@@ -57,8 +57,8 @@ def check_invert(key: str, stage: InvertConfig, config: Config) -> None:
     require(stage.images <= config.data.heldout, f"{key}.images", stage.images, f"at most {config.data.heldout}")
     require(config.data.num_classes > 1, "data.num_classes", config.data.num_classes, f"2 or more for {key}")
     _check_weights(key, stage.weights)
-    for kind in ("classifier", "teacher"):
-        needs_one(key, stage, config, kind)
+    needs_one(key, stage, config, "classifier")
+    needs_one(key, stage, config, *TEACHERS)
     found = halvings(stage, config)
     for students in ("encoder", "deterministic"):
         chains = [one for one in found.values() if one.students == students]

@@ -6,7 +6,7 @@ from fewstep.lab.config import AutoencoderConfig, ClassifierConfig, Config, Conf
 from fewstep.lab.latents import LATENT
 from fewstep.lab.record import ancestry
 
-PIXELS_ONLY = ("invert",)  # kinds of stages that compare images with what is encoded
+PIXELS_ONLY = ("invert", "pretrained")  # kinds of stages that know images alone
 
 
 def check_autoencoder(key: str, stage: AutoencoderConfig, config: Config) -> None:

@@ -1,30 +1,25 @@
 """What can be wrong with the stages of moment matching: the distillation, the teacher's sweep, the comparison."""
 
-from typing import Any
-
-from fewstep.lab.checks import check_range, check_schedule, check_weight, needs_one, one_of, positive, require
+from fewstep.lab.checks import check_range, check_weight, needs_one, one_of, positive, require
 from fewstep.lab.config import (
     CompareConfig,
     Config,
-    ConvertConfig,
     MomentsConfig,
     RatioTarget,
     StageConfig,
     SweepConfig,
 )
+from fewstep.lab.validate_teachers import TEACHERS, check_distillable, check_other_schedule
 
 ADAPTIVE = "adaptive"  # the weight that depends on more than the noise level
 MOST_STEPS = (1, 2, 4, 8, 16)  # that moment matching is meant for
-TEACHERS = ("teacher", "convert")  # kinds of stages that give a teacher
 STUDENTS = ("moments", "halve")  # kinds of stages whose students can be compared
 MEASURES = ("fid_heldout", "fid_train", "kid", "is", "precision", "recall", "accuracy", "spread")
 
 
 def check_moments(key: str, stage: MomentsConfig, config: Config) -> None:
     """A distillation by moment matching."""
-    teacher = needs_one(key, stage, config, *TEACHERS)
-    right = f"x, v or flow for {key}: let it need a stage of kind convert, which fine-tunes the teacher to v"
-    require(config.prediction != "eps" or teacher.kind == "convert", "prediction", "eps", right)
+    teacher = check_distillable(key, stage, config)
     one_of(f"{key}.method", stage.method, ("alternating", "instant"))
     one_of(f"{key}.renoise", stage.renoise, ("posterior", "unconditional", "ddim"))
     right = "null: they depend on the student, so none can be computed before it"
@@ -45,12 +40,15 @@ def check_moments(key: str, stage: MomentsConfig, config: Config) -> None:
     for steps, weight in stage.weight_at.items():
         if weight != ADAPTIVE:
             check_weight(f"{key}.weight_at.{steps}", weight)
-    _check_other_schedule(f"{key}.schedule", stage.schedule, config)
+    check_other_schedule(f"{key}.schedule", stage.schedule, teacher, config)
     if stage.w_range is not None:
         check_range(f"{key}.w_range", stage.w_range)
     _check_start(key, stage, config)
     if stage.method == "instant":
         _check_instant(key, stage)
+        found = stage.preconditioner_batches
+        right = f"1 or more: {teacher.name} was not trained here, so nothing is known of its gradients"
+        require(teacher.kind != "pretrained" or found > 0, f"{key}.preconditioner_batches", found, right)
 
 
 def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
@@ -84,12 +82,6 @@ def _check_instant(key: str, stage: MomentsConfig) -> None:
     require(not stage.compile, f"{key}.compile", "true", "false: the instant form differentiates forwards, uncompiled")
 
 
-def check_convert(key: str, stage: ConvertConfig, config: Config) -> None:
-    """The fine-tuning of a teacher to another prediction."""
-    needs_one(key, stage, config, "teacher")
-    one_of(f"{key}.to", stage.to, ("v", "x", "flow"))
-
-
 def check_sweep(key: str, stage: SweepConfig, config: Config) -> None:
     """The teacher's sweep."""
     positive(key, stage, "steps", "num_samples", "chunk", "kid_subsets")
@@ -98,9 +90,9 @@ def check_sweep(key: str, stage: SweepConfig, config: Config) -> None:
     for level in stage.noise_levels:
         require(0 <= level <= 1, f"{key}.noise_levels", level, "in [0, 1]")
     require(all(w >= 0 for w in stage.weights), f"{key}.weights", stage.weights, "each 0 (no guidance) or more")
-    _check_other_schedule(f"{key}.schedule", stage.schedule, config)
     needs_one(key, stage, config, "classifier")
-    needs_one(key, stage, config, *TEACHERS)
+    teacher = needs_one(key, stage, config, *TEACHERS)
+    check_other_schedule(f"{key}.schedule", stage.schedule, teacher, config)
 
 
 def check_compare(key: str, stage: CompareConfig, config: Config) -> None:
@@ -138,12 +130,3 @@ def _check_alike(one: StageConfig, other: StageConfig | None) -> None:
         for name in ("schedule", "weight", "weight_at", "w_range"):
             right = f"{getattr(other, name)} as stages.{other.name}.{name}: the two are compared"
             require(getattr(one, name) == getattr(other, name), f"stages.{one.name}.{name}", getattr(one, name), right)
-
-
-def _check_other_schedule(key: str, schedule: dict[str, Any], config: Config) -> None:
-    """One that the experiment's networks can go on to: between VP and VE the scale of z is all that changes."""
-    if not schedule:
-        return
-    kinds = check_schedule(key, schedule).kind, check_schedule("schedule", config.schedule).kind
-    right = f"of a kind that a network on schedule={config.schedule['type']} can go on to (vp and ve, or flow alike)"
-    require(kinds[0] == kinds[1] or "flow" not in kinds, key, schedule["type"], right)

@@ -20,7 +20,8 @@ from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.sampling import knowingly, own_sampler
 from fewstep.lab.stages.evaluate import NOISES_SHOWN, samples_of
 from fewstep.lab.stages.results import header, made_with, say_targets, write_results
-from fewstep.lab.validate_moments import STUDENTS, TEACHERS
+from fewstep.lab.validate_moments import STUDENTS
+from fewstep.lab.validate_teachers import TEACHERS
 
 
 def run(ctx: StageContext) -> None:

@@ -14,7 +14,7 @@ from fewstep.schedules import Prediction, Trained
 def run(ctx: StageContext) -> None:
     """Fine-tune a copy of the teacher; writes `model/`, the averaged weights."""
     stage, seed = ctx.stage, seed_everything(ctx)
-    (folder,) = ctx.inputs_of_kind("teacher").values()
+    (folder,) = ctx.inputs_of_kind("teacher", "pretrained").values()
     teacher = with_dropout(load_model(ctx, folder), stage.dropout)
     to = cast(Prediction, stage.to)
     converted = NetworkDenoiser(

@@ -30,7 +30,7 @@ from fewstep.lab.metrics import register_judge
 from fewstep.lab.sampling import knowingly, own_sampler
 from fewstep.lab.shards import ShardCache
 from fewstep.lab.stages.results import header, made_with, say_targets, write_results
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 from fewstep.lab.workers import default_workers
 
 NOISES_SHOWN = 2  # images per class in the report's grids

@@ -4,7 +4,7 @@ from fewstep.distill import GuidanceDistillation
 from fewstep.lab.context import StageContext
 from fewstep.lab.networks import build_denoiser, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained
 

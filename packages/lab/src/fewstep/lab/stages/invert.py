@@ -20,6 +20,7 @@ from fewstep.lab.pictures import write_png
 from fewstep.lab.report.inversion import markdown, picture
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.results import header, say_targets, tidy, write_results
+from fewstep.lab.validate_teachers import TEACHERS
 
 
 def run(ctx: StageContext) -> None:
@@ -52,7 +53,7 @@ def run(ctx: StageContext) -> None:
 def _bridges(ctx: StageContext) -> Iterator[Bridge]:
     """The teacher's many-step one, then for each number of steps the distilled one and the teacher's."""
     chains = {ctx.config.stages[name].students: path for name, path in ctx.inputs_of_kind("halve").items()}
-    (folder,) = ctx.inputs_of_kind("teacher").values()
+    (folder,) = ctx.inputs_of_kind(*TEACHERS).values()
     teacher = Model(folder / "model", ctx.device).denoiser
     yield Bridge(DDIM, ctx.stage.truth_steps, teacher, teacher, two_branches=True)
     for steps in ctx.stage.steps:

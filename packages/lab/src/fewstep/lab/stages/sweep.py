@@ -12,7 +12,7 @@ from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.evaluate import samples_of
 from fewstep.lab.stages.results import header, made_with, write_results
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 
 
 def run(ctx: StageContext) -> None:
