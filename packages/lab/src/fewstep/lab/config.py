@@ -560,6 +560,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "classifier": ClassifierConfig,
     "autoencoder": AutoencoderConfig,
     "teacher": TeacherConfig,
+    "pretrained": PretrainedConfig,
     "convert": ConvertConfig,
     "guide": GuideConfig,
     "halve": HalveConfig,
@@ -589,7 +590,6 @@ class Config:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    "pretrained": PretrainedConfig,
     deterministic: bool = False  # on GPUs: the same bits every time, slower; the CPU always gives them
     progress: bool = _free(True)
     tensorboard: bool = _free(True)

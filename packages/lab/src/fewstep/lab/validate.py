@@ -18,8 +18,8 @@ from fewstep.lab.config import (
     HalveConfig,
     InvertConfig,
     MomentsConfig,
-    StageConfig,
     PretrainedConfig,
+    StageConfig,
     SweepConfig,
     TeacherConfig,
     TrainingConfig,
@@ -129,10 +129,10 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         check_autoencoder(key, stage, config)
     if isinstance(stage, TeacherConfig):
         require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
-    if isinstance(stage, ConvertConfig):
-        check_convert(key, stage, config)
     if isinstance(stage, PretrainedConfig):
         check_pretrained(key, stage, config)
+    if isinstance(stage, ConvertConfig):
+        check_convert(key, stage, config)
     if isinstance(stage, GuideConfig):
         check_distillable(key, stage, config)
         check_student(key, stage, config)
@@ -181,11 +181,11 @@ def _check_training(key: str, stage: TrainingConfig) -> None:
 
 def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
     guide = needs_one(key, stage, config, "guide")
+    check_student(key, stage, config)
     one_of(f"{key}.students", stage.students, ("deterministic", "stochastic", "encoder"))
     require(bool(stage.steps) and stage.steps[-1] >= 1, f"{key}.steps", stage.steps, "at least one, each 1 or more")
     for before, steps in zip(stage.steps, stage.steps[1:], strict=False):
         if before != 2 * steps:
-    check_student(key, stage, config)
             reach = f"{before // 2} comes after {before}" if before % 2 == 0 else f"{before} cannot be halved"
             raise ConfigError(f"{key}.steps={stage.steps}: {steps} is not reached from {before} by halving ({reach})")
     for steps, updates in stage.updates_at.items():
