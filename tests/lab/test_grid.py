@@ -140,7 +140,7 @@ def test_targets_are_ratios_of_means(rows: list[dict[str, Any]]) -> None:
 def held(stage: str, kind: str, column: int | None, share: float, unseen: float = 0.5) -> dict[str, Any]:
     whole, rest = {"share": share}, {"share": unseen}
     return {"stage": stage, "kind": kind, "w": 2.0, "column": column, "alignment": {"all": whole},
-            "unseen": {"all": rest}}  # fmt: skip
+            "unseen": {"all": rest}, "steps": column or 64, "sampler": "ddim"}  # fmt: skip
 
 
 def test_targets_of_captions_are_shares_or_points_below_the_teacher() -> None:
@@ -159,6 +159,10 @@ def test_targets_of_captions_are_shares_or_points_below_the_teacher() -> None:
     found = list(grids.alignment_verdicts(shown, asked))
     assert [target.value for target in found] == pytest.approx([0.9, 0.02, 0.1, 0.4])
     assert [target.reached for target in found] == [True, True, False, True]
+    shown.append({**held("teacher", "truth", None, 0.95), "steps": 256})
+    slower = list(grids.alignment_verdicts(shown, asked))
+    assert [target.value for target in slower] == pytest.approx([0.95, 0.07, 0.1, 0.4])
+    assert slower[1].name.endswith("4 steps, w = 2, below the teacher's 256 steps of ddim")
 
 
 def test_table_and_pictures_hold_every_figure(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
@@ -233,6 +237,7 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
         ),
         ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:8,below:0.1}]", "steps=8: must be one of 2, 1"),
         ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:2,below:0.1}]", None),
+        ("shapes_text", "stages.grid.truth_weights=[9]", "stages.grid.truth_weights=9.0: must be one of 0.0, 2.0"),
         ("digits_transfer", "stages.invert.needs=[classifier,teacher,decoder]", "exactly one stage of kind halve"),
         ("digits_transfer", "stages.invert.steps=[8]", "stages.invert.steps=8: must be one of 4, 2"),
         ("digits_transfer", "stages.invert.weights=[5]", "stages.invert.weights=5.0: must be in [0, 4]"),

@@ -103,6 +103,7 @@ def test_the_grid_says_how_many_captions_hold(run: Path) -> None:
     assert "class accuracy" not in text
     assert results["decoding_images_per_second"] > 0
     assert "(and decoding)**" in text
+    assert "The teacher by 6 steps of DDIM, w = 2: FID to held-out" in text
 
 
 @pytest.mark.slow

@@ -510,7 +510,9 @@ class GridConfig(StageConfig):
 
     sampling_seeds: independent sets of `num_samples` that a figure is the mean of; the paired error is of the first
     set's first `paired_noises`. weights: w, where the students know it (w = 0 is no guidance; Stable Diffusion's
-    guidance scale is 1 + w). steps: those of the columns. The rest as in `EvaluateConfig`.
+    guidance scale is 1 + w). steps: those of the columns. reference: the teacher's sampler, of its column and of paired
+    errors. truth: a slower one, measured at `truth_weights` alone, and what captions are held against there. The rest
+    as in `EvaluateConfig`.
     """
 
     kind: str = "grid"
@@ -520,6 +522,8 @@ class GridConfig(StageConfig):
     weights: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0, 3.0])
     steps: list[int] = field(default_factory=lambda: [16, 8, 4, 2, 1])
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    truth: ReferenceConfig = field(default_factory=lambda: ReferenceConfig("ddim", 256))
+    truth_weights: list[float] = field(default_factory=list)
     chunk: int = 250
     workers: int = _free(0)
     seed: int = 3

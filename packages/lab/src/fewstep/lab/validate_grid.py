@@ -13,8 +13,11 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
     positive(key, stage, "num_samples", "sampling_seeds", "paired_noises", "chunk")
     require(bool(stage.steps), f"{key}.steps", stage.steps, "at least one number of steps")
     _check_weights(key, stage.weights)
-    one_of(f"{key}.reference.sampler", stage.reference.sampler, ("ddim", "dpmpp_2m", "heun"))
-    positive(f"{key}.reference", stage.reference, "steps")
+    for name, sampler in (("reference", stage.reference), ("truth", stage.truth)):
+        one_of(f"{key}.{name}.sampler", sampler.sampler, ("ddim", "dpmpp_2m", "heun"))
+        positive(f"{key}.{name}", sampler, "steps")
+    for w in stage.truth_weights:
+        one_of(f"{key}.truth_weights", w, stage.weights)
     needs_one(key, stage, config, "classifier")
     needs_one(key, stage, config, *TEACHERS)
     for need in stage.needs:

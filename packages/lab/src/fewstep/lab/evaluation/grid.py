@@ -23,8 +23,8 @@ from fewstep.lab.metrics import Target, class_accuracy, frechet_distance, incept
 class Cell:
     """One place of the grid: the student of `steps` of `stage`, or an undistilled sampler ("teacher") at its cost.
 
-    kind: what the student is for ("deterministic", "stochastic", ...), or "undistilled". steps: those of the column;
-    None for the teacher's own line.
+    kind: what the student is for ("deterministic", "stochastic", ...), "undistilled", or "teacher" and "truth", the
+    teacher by its reference sampler and by a slower one. steps: those of the column; None for the last two.
     """
 
     stage: str
@@ -64,6 +64,8 @@ class Grid:
         """Every cell, stage by stage; a student has those of the w that it was trained for."""
         for w in self.options.weights:
             yield Cell(self.teacher, "teacher", None, self.reference(w))
+        for w in self.options.truth_weights:
+            yield Cell(self.teacher, "truth", None, replace(self.reference(w), **vars(self.options.truth)))
         for students, kind in self.students:
             for w in students.weights(self.options.weights):
                 for steps in (steps for steps in self.options.steps if steps in students.models):
@@ -157,12 +159,13 @@ def verdicts(rows: list[Row], asked: list[GridTarget]) -> Iterator[Target]:
 def alignment_verdicts(rows: list[Row], asked: list[AlignmentTarget]) -> Iterator[Target]:
     """Every target of captions with its share or, against the teacher, its points below; both in [0, 1]."""
     for target in asked:
-        (found,) = select(rows, stage=target.stage, w=target.w, column=target.steps or None)
-        share, steps = value(found, target.measure), f", {target.steps} steps" if target.steps else ""
-        name = f"captions that hold ({target.measure}) of {target.stage}{steps}, w = {target.w:g}"
+        teacher = [*select(rows, kind="truth", w=target.w), *select(rows, kind="teacher", w=target.w)][0]
+        found = select(rows, stage=target.stage, w=target.w, column=target.steps)[0] if target.steps else teacher
+        share, steps = value(found, target.measure), target.steps or found["steps"]
+        name = f"captions that hold ({target.measure}) of {target.stage}, {steps} steps, w = {target.w:g}"
         if target.below is None:
             assert target.at_least is not None  # `check_grid` asks for one of the two
             yield Target(name, share, target.at_least, "at_least")
         else:
-            (teacher,) = select(rows, kind="teacher", w=target.w)
-            yield Target(f"{name}, below the teacher", value(teacher, target.measure) - share, target.below)
+            name += f", below the teacher's {teacher['steps']} steps of {teacher['sampler']}"
+            yield Target(name, value(teacher, target.measure) - share, target.below)

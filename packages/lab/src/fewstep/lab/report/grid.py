@@ -85,7 +85,7 @@ def lines(results: Results) -> list[Line]:
     """Students in the order of their stages, then undistilled samplers."""
     groups: dict[str, list[Row]] = {}
     for row in results["rows"]:
-        if row["kind"] != "teacher":
+        if row["kind"] not in ("teacher", "truth"):
             groups.setdefault(_name(row), []).append(row)
     return [Line(name, tuple(rows)) for name, rows in groups.items()]
 
@@ -179,6 +179,11 @@ def note(results: Results) -> str:
             "colour and (where said) size, and the right relation or place; in brackets the binomial 95 % interval "
             "(Wilson). *Unseen combinations*: prompts that name one which no training image contains."
         )
+    for row in results["rows"]:
+        if row["kind"] == "truth":
+            found = ", ".join(f"{m.name} {_cell(row, m)}" for m in measures(results) if m.key != "paired_error")
+            sampler = f"{row['steps']} steps of {SAMPLER_NAMES[row['sampler']]}"
+            text += f" The teacher by {sampler}, w = {row['w']:g}: {found}."
     if any(row["same_as"] for row in results["rows"]):
         text += (
             " *(= 2 steps)*: not trained; the stochastic student of 1 step is that of 2 steps, whose jump from t = 1 "
