@@ -1,11 +1,12 @@
 """What the training stages share: from a method to trained weights in a folder."""
 
+import time
 from pathlib import Path
 
 import torch
 
 from fewstep.distill import Method
-from fewstep.lab import distributed
+from fewstep.lab import distributed, record
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Order
@@ -81,6 +82,14 @@ def save_model(ctx: StageContext, denoiser: NetworkDenoiser, out: Path | None = 
         model = (out or ctx.out) / "model"
         save(denoiser.eval(), model)
         give_autoencoder(ctx.config, model)
+    distributed.barrier()
+
+
+def finish(ctx: StageContext, student: NetworkDenoiser, out: Path, began: float) -> None:
+    """Write `out/model` and `out/DONE`: one of a stage's several trainings, begun at `began`, is over."""
+    save_model(ctx, student, out)
+    if distributed.is_main():
+        record.finish(out, time.monotonic() - began)
     distributed.barrier()
 
 

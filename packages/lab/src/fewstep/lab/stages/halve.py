@@ -13,12 +13,12 @@ import torch
 from fewstep.distill import EncoderDistillation, ProgressiveDistillation
 from fewstep.distill.halving import Halving
 from fewstep.distill.progressive import Kind
-from fewstep.lab import distributed, record
+from fewstep.lab import record
 from fewstep.lab.config import HalveConfig
 from fewstep.lab.context import StageContext
 from fewstep.lab.inpainting import split_for
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
-from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything
+from fewstep.lab.stages.fit import compile_networks, finish, fit, load_model, seed_everything
 from fewstep.models import NetworkDenoiser
 from fewstep.schedules import Trained, sample_seeds
 
@@ -50,10 +50,7 @@ def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -
         compile_networks(ctx, teacher, student)
         updates = stage.updates_at.get(steps, stage.updates)
         fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
-    save_model(ctx, student, out)
-    if distributed.is_main():
-        record.finish(out, time.monotonic() - began)
-    distributed.barrier()
+    finish(ctx, student, out, began)
 
 
 def _method(

@@ -19,7 +19,7 @@ from fewstep.distill import (
     adam_preconditioner,
     estimate_preconditioner,
 )
-from fewstep.lab import distributed, record
+from fewstep.lab import record
 from fewstep.lab.checkpoint import load_latest
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
@@ -27,9 +27,9 @@ from fewstep.lab.data import Order
 from fewstep.lab.inpainting import with_masks
 from fewstep.lab.latents import training_split
 from fewstep.lab.networks import config_of, on_schedule, with_dropout
-from fewstep.lab.stages.fit import compile_networks, fit, load_model, save_model, seed_everything, stage_seed
+from fewstep.lab.stages.fit import compile_networks, finish, fit, load_model, seed_everything, stage_seed
 from fewstep.lab.text import conditioned
-from fewstep.lab.validate_moments import TEACHERS
+from fewstep.lab.validate_teachers import TEACHERS
 from fewstep.models import NetworkDenoiser, with_guidance_input
 from fewstep.schedules import Cond, Trained, sample_seeds
 
@@ -53,10 +53,7 @@ def _distil(ctx: StageContext, steps: int, out: Path) -> None:
     method = (_alternating if stage.method == "alternating" else _instant)(ctx, teacher, student, steps)
     updates = stage.updates_at.get(steps, stage.updates)
     fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
-    save_model(ctx, student, out)
-    if distributed.is_main():
-        record.finish(out, time.monotonic() - began)
-    distributed.barrier()
+    finish(ctx, student, out, began)
 
 
 def _alternating(ctx: StageContext, teacher: NetworkDenoiser, student: NetworkDenoiser, steps: int) -> Method:
