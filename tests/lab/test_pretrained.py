@@ -143,9 +143,10 @@ def test_a_checkpoint_that_changed_is_refused_and_one_that_moved_is_not(
     assert "model_index.json is another than when" in capsys.readouterr().err
 
 
-def test_one_of_our_own_is_read_too(experiment: Path, tmp_path: Path) -> None:
-    """A teacher of another run, on its own schedule, needs no conversion where it predicts v."""
-    network = perturbed(UNet.from_preset("debug"))
+@pytest.mark.parametrize("inpainting", [False, True])
+def test_one_of_our_own_is_read_too(experiment: Path, inpainting: bool, tmp_path: Path) -> None:
+    """A teacher of another run, on its own schedule, needs no conversion where it predicts v; nor where it paints."""
+    network = perturbed(UNet.from_preset("debug", inpainting=inpainting))
     denoiser = NetworkDenoiser(network, Cosine(shift=-1.0), "v", trained=Trained("teacher"))
     save(denoiser, tmp_path / "model")
     changes = ["~stages.convert", "stages.guide.needs=[teacher]", "stages.grid.needs=[classifier,teacher,halve]"]
@@ -214,7 +215,6 @@ MISTAKES: dict[str, Callable[[Path], Path]] = {
     "must be a model of pixels; this one works on the latents of an autoencoder": with_vae,
     "this is a model of kind guided": lambda tmp: ours(tmp, Trained("guided", w_range=(0.0, 4.0)), guided=True),
     "this is a model of kind moments": lambda tmp: ours(tmp, Trained("moments", 4)),
-    "this one is for inpainting": lambda tmp: ours(tmp, None, inpainting=True),
 }  # fmt: skip
 
 

@@ -42,7 +42,6 @@ def check_pretrained(key: str, stage: PretrainedConfig, config: Config) -> None:
 def _check_kind(key: str, stage: PretrainedConfig, found: NetworkDenoiser) -> None:
     kind = "guided" if found.takes_guidance else "teacher" if found.trained is None else found.trained.kind
     require(kind == "teacher", key, stage.path, f"a teacher, without input for w; this is a model of kind {kind}")
-    require(not found.takes_mask, key, stage.path, "a model of whole images; this one is for inpainting")
 
 
 def _check_condition(key: str, stage: PretrainedConfig, found: NetworkDenoiser, config: Config) -> None:
