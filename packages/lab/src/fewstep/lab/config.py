@@ -553,6 +553,34 @@ class InvertConfig(StageConfig):
 
 
 @dataclass
+class EditsConfig(StageConfig):
+    """Editing and inpainting of captioned shapes by prompt: one object is to get another colour or shape.
+
+    Needs a teacher and a stage of kind halve whose students sample. prompts: held-out scenes, each with one change. w:
+    of all models (w = 0 is no guidance; Stable Diffusion's guidance scale is 1 + w). strengths: of editing, each
+    measured where it is a whole number of steps. steps: the students'. reference: the teacher's sampler and steps.
+    margin: pixels hidden around an object's bounding box. reach: pixels by which an object may lie off its place.
+    headline, headline_strength: steps and strength that are held against the teacher: `points` in [0, 1] is how far
+    their share of successes may lie below its own; null asks for nothing. The rest as in `EvaluateConfig`.
+    """
+
+    kind: str = "edits"
+    prompts: int = 1000
+    w: float = 2.0
+    strengths: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    steps: list[int] = field(default_factory=lambda: [4, 2])
+    headline: int = 4
+    headline_strength: float = 0.75
+    reference: ReferenceConfig = field(default_factory=lambda: ReferenceConfig("ddim", 64))
+    margin: float = 2.0
+    reach: float = 3.0
+    points: float | None = None
+    chunk: int = 250
+    workers: int = _free(0)
+    seed: int = 4
+
+
+@dataclass
 class ReportConfig(StageConfig):
     """The HTML page and its pictures."""
 
@@ -573,6 +601,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "grid": GridConfig,
     "invert": InvertConfig,
+    "edits": EditsConfig,
     "compare": CompareConfig,
     "report": ReportConfig,
 }

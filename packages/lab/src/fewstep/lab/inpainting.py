@@ -24,7 +24,7 @@ from fewstep.samplers.edit import Sampler
 from fewstep.schedules import Cond, Denoiser, Schedule, Trained, seeded_uniform
 
 MASK_STREAM = 4  # of a sample's seed; fewstep.distill draws from 1 to 3
-EVERYTHING = 1 / 8  # share of masks that hide all of a picture: a model trained with them is a generator too
+EVERYTHING = 1 / 4  # share of masks that hide all of a picture: a model trained with them is a generator too
 SIDES = (0.25, 0.75)  # of the rectangles that others hide, as shares of a picture's; they are cut off at its border
 
 

@@ -12,6 +12,7 @@ from fewstep.lab.config import (
     Config,
     ConfigError,
     ConvertConfig,
+    EditsConfig,
     EvaluateConfig,
     GridConfig,
     GuideConfig,
@@ -26,6 +27,7 @@ from fewstep.lab.config import (
 )
 from fewstep.lab.data import CAPTIONED, check_data
 from fewstep.lab.text import TOKENIZERS
+from fewstep.lab.validate_edits import check_edits
 from fewstep.lab.validate_grid import check_grid, check_invert, halvings
 from fewstep.lab.validate_latents import check_autoencoder, check_space
 from fewstep.lab.validate_moments import ADAPTIVE, check_compare, check_moments, check_sweep
@@ -150,6 +152,8 @@ def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
         check_grid(key, stage, config)
     if isinstance(stage, InvertConfig):
         check_invert(key, stage, config)
+    if isinstance(stage, EditsConfig):
+        check_edits(key, stage, config)
     if isinstance(stage, CompareConfig):
         check_compare(key, stage, config)
 
@@ -158,6 +162,9 @@ def _check_training(key: str, stage: TrainingConfig) -> None:
     positive(key, stage, "updates", "batch_size", "accumulate", "lr", "eps", "log_every")
     for name in ("warmup", "weight_decay", "checkpoint_updates", "checkpoint_seconds"):
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
+    fewest = min([stage.updates, *getattr(stage, "updates_at", {}).values()])
+    right = f"less than {fewest}, the fewest updates of a training here: lr would never be reached"
+    require(stage.warmup == 0 or stage.warmup < fewest, f"{key}.warmup", stage.warmup, right)
     one_of(f"{key}.anneal", stage.anneal, ("none", "linear", "cosine"))
     one_of(f"{key}.precision", stage.precision, ("fp32", "bf16", "fp16"))
     one_of(f"{key}.parallel", stage.parallel, ("ddp", "fsdp"))

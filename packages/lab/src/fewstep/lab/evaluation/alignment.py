@@ -29,7 +29,7 @@ def alignment(samples: Samples, draws: Sequence[Draw], count: int) -> dict[str, 
 def shares(found: Sequence[Score]) -> dict[str, dict[str, float]]:
     """The same of scores, for each part that any of them speaks of."""
     said = {part: [getattr(one, part) for one in found if getattr(one, part) is not None] for part in SHARES}
-    return {part: _share(values) for part, values in said.items() if values}
+    return {part: share_of(values) for part, values in said.items() if values}
 
 
 def _scores(samples: Samples, draw: Draw, count: int) -> list[Score]:
@@ -42,6 +42,7 @@ def scores(captions: Sequence[str], images: Tensor) -> list[Score]:
     return [score(parse(text), things) for text, things in zip(captions, found, strict=True)]
 
 
-def _share(found: Sequence[bool]) -> dict[str, Any]:
+def share_of(found: Sequence[bool]) -> dict[str, Any]:
+    """How many are true, with the binomial 95 % interval (Wilson): {"share", "low", "high", "trials"}."""
     low, high = wilson(sum(found), len(found))
     return {"share": sum(found) / len(found), "low": low, "high": high, "trials": len(found)}

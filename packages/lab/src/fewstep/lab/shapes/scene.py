@@ -64,6 +64,11 @@ class World:
         """Every (colour, shape); an object's class is its place here."""
         return tuple(itertools.product(self.colours, self.shapes))
 
+    def kinds_beside(self, kind: tuple[str, str]) -> list[tuple[str, str]]:
+        """The (colour, shape) that differ from `kind` in just one of both, without held-out combinations."""
+        beside = [each for each in self.kinds if (each[0] == kind[0]) != (each[1] == kind[1])]
+        return [each for each in beside if each not in self.held_out]
+
     def class_of(self, scene: Scene) -> int:
         """The class of the leftmost object: what the judge learns to see."""
         first = min(scene, key=lambda thing: thing.x)
