@@ -33,10 +33,12 @@ from fewstep.lab.evaluation.edits import (
     row_of,
     verdicts,
 )
+from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.latents import autoencoder_of
 from fewstep.lab.shapes import Thing, World, parse, read, render, score
 from fewstep.models import load
-from fewstep.samplers import edit, inpaint
+from fewstep.samplers import ddim, edit, inpaint
+from fewstep.schedules import sample_seeds, seeded_noise
 
 SHAPES_INPAINT = EXPERIMENTS / "shapes_inpaint"
 WORLD = World(held_out=(("red", "triangle"), ("blue", "circle")))
@@ -269,6 +271,40 @@ def test_the_run_measures_what_a_user_would_get(run: Path, tmp_path: Path) -> No
     for there, mine in zip(made, expected, strict=True):
         torch.testing.assert_close(there, mine.clamp(-1, 1), rtol=0, atol=1e-4)
         assert min(float((mine - each).abs().max()) for each in found) < 1e-4
+
+
+@pytest.mark.slow
+def test_an_inpainting_model_is_sampled_as_a_generator(run: Path, tmp_path: Path) -> None:
+    """By the command and by every measurement alike: everything is hidden, and the prompt says what is there."""
+    folder = run / "halve/steps_4/model"
+    command = [
+        "sample",
+        "--model",
+        str(folder),
+        "--num",
+        "2",
+        "--prompt",
+        "a red circle",
+        "--w",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    student, autoencoder = load(folder), autoencoder_of(folder, torch.device("cpu"))
+    assert autoencoder is not None
+    assert student.text_encoder is not None
+    noise = seeded_noise(sample_seeds(0, 0, torch.arange(2)), (4, 8, 8))
+    with torch.no_grad():
+        text, seen = (
+            student.text_encoder.encode(["a red circle"] * 2),
+            autoencoder.encode(torch.zeros(2, 3, 32, 32)).mean,
+        )
+        latents = ddim(student, noise, 4, {**text, "mask": torch.ones(2, 1, 8, 8), "masked_image": seen}, 2.0)
+        measured = ddim(Model(folder, torch.device("cpu")).denoiser, noise, 4, text, 2.0)
+        expected = autoencoder.decode(latents).clamp(-1, 1)
+    torch.testing.assert_close(load_file(tmp_path / "samples.safetensors")["images"], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(measured, latents, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
