@@ -60,6 +60,8 @@ def test_misspelt_key_is_named_with_the_nearest_known_one(override: str, words: 
         ("stages.teacher.anneal", "cosin", "did you mean cosine?"),
         ("stages.teacher.accumulate", 5, "a divisor of batch_size"),
         ("stages.teacher.updates", 0, "more than 0"),
+        ("stages.teacher.warmup", 24, "less than 24, the fewest updates of a training here"),
+        ("stages.halve.warmup", 8, "less than 8, the fewest updates"),
         ("stages.teacher.betas", [0.9], "two numbers in [0, 1)"),
         ("stages.teacher.cond_drop", 1.0, "in [0, 1)"),
         ("stages.evaluate.steps", [4, 32], "one of the trained students'"),

@@ -29,7 +29,7 @@ LATENT = [
     "stages.teacher.needs=[autoencoder]",
     "stages.convert={needs: [teacher], updates: 6, batch_size: 16}",
     "stages.guide={needs: [convert], guidance_form: diffusers}", "stages.halve.steps=[2,1]",
-    "stages.moments={needs: [convert], steps: [2], updates: 4, batch_size: 8}",
+    "stages.moments={needs: [convert], steps: [2], updates: 4, batch_size: 8, warmup: 0}",
     "stages.evaluate={needs: [classifier,convert,guide,halve], steps: [2,1], headline: 2}",
     "stages.evaluate.targets.paired=[]",
     "stages.grid={needs: [classifier,convert,halve], steps: [2,1], weights: [0], num_samples: 20, paired_noises: 10,"
