@@ -1,6 +1,7 @@
 """Everything about a config that can be wrong and be said before any compute, one line each."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from fewstep.lab.checks import check_range, check_schedule, check_weight, near, needs_one, one_of, positive, require
 from fewstep.lab.cluster.config import problem
@@ -121,44 +122,12 @@ def check_text(config: Config) -> None:
 
 def _check_stage(key: str, stage: StageConfig, config: Config) -> None:
     require(STAGES.get(stage.kind) is type(stage), f"{key}.kind", stage.kind, f"what defaults say, {kind_of(stage)}")
-    if isinstance(stage, TrainingConfig):
-        _check_training(key, stage)
-    if isinstance(stage, ClassifierConfig):
-        positive(key, stage, "width")
-        require(stage.max_shift >= 0, f"{key}.max_shift", stage.max_shift, "0 or more pixels")
-        require(stage.noise >= 0, f"{key}.noise", stage.noise, "0 or more")
-    if isinstance(stage, AutoencoderConfig):
-        check_autoencoder(key, stage, config)
-    if isinstance(stage, TeacherConfig):
-        require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
-    if isinstance(stage, PretrainedConfig):
-        check_pretrained(key, stage, config)
-    if isinstance(stage, ConvertConfig):
-        check_convert(key, stage, config)
-    if isinstance(stage, GuideConfig):
-        check_distillable(key, stage, config)
-        check_student(key, stage, config)
-        check_range(f"{key}.w_range", stage.w_range)
-        one_of(f"{key}.guidance_form", stage.guidance_form, ("normalized", "diffusers"))
-    if isinstance(stage, HalveConfig):
-        _check_halve(key, stage, config)
-    if isinstance(stage, MomentsConfig):
-        check_moments(key, stage, config)
-    if isinstance(stage, SweepConfig):
-        check_sweep(key, stage, config)
-    if isinstance(stage, EvaluateConfig):
-        _check_evaluate(key, stage, config)
-    if isinstance(stage, GridConfig):
-        check_grid(key, stage, config)
-    if isinstance(stage, InvertConfig):
-        check_invert(key, stage, config)
-    if isinstance(stage, EditsConfig):
-        check_edits(key, stage, config)
-    if isinstance(stage, CompareConfig):
-        check_compare(key, stage, config)
+    for schema in reversed(type(stage).__mro__):  # what holds for every training comes first
+        if schema in CHECKS:
+            CHECKS[schema](key, stage, config)
 
 
-def _check_training(key: str, stage: TrainingConfig) -> None:
+def _check_training(key: str, stage: TrainingConfig, config: Config) -> None:
     positive(key, stage, "updates", "batch_size", "accumulate", "lr", "eps", "log_every")
     for name in ("warmup", "weight_decay", "checkpoint_updates", "checkpoint_seconds"):
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
@@ -184,6 +153,23 @@ def _check_training(key: str, stage: TrainingConfig) -> None:
     require(stage.dropout is None or 0 <= stage.dropout < 1, f"{key}.dropout", stage.dropout, "in [0, 1), or null")
     if not (isinstance(stage, MomentsConfig) and stage.weight == ADAPTIVE):
         check_weight(f"{key}.weight", stage.weight)
+
+
+def _check_classifier(key: str, stage: ClassifierConfig, config: Config) -> None:
+    positive(key, stage, "width")
+    require(stage.max_shift >= 0, f"{key}.max_shift", stage.max_shift, "0 or more pixels")
+    require(stage.noise >= 0, f"{key}.noise", stage.noise, "0 or more")
+
+
+def _check_teacher(key: str, stage: TeacherConfig, config: Config) -> None:
+    require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
+
+
+def _check_guide(key: str, stage: GuideConfig, config: Config) -> None:
+    check_distillable(key, stage, config)
+    check_student(key, stage, config)
+    check_range(f"{key}.w_range", stage.w_range)
+    one_of(f"{key}.guidance_form", stage.guidance_form, ("normalized", "diffusers"))
 
 
 def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
@@ -231,3 +217,23 @@ def _check_evaluate(key: str, stage: EvaluateConfig, config: Config) -> None:
 def kind_of(stage: StageConfig) -> str:
     """The kind that goes with the stage's type."""
     return next(kind for kind, schema in STAGES.items() if schema is type(stage))
+
+
+# What is asked of stages of each type, and of types made from it.
+CHECKS: dict[type, Callable[[str, Any, Config], None]] = {
+    TrainingConfig: _check_training,
+    ClassifierConfig: _check_classifier,
+    AutoencoderConfig: check_autoencoder,
+    TeacherConfig: _check_teacher,
+    PretrainedConfig: check_pretrained,
+    ConvertConfig: check_convert,
+    GuideConfig: _check_guide,
+    HalveConfig: _check_halve,
+    MomentsConfig: check_moments,
+    SweepConfig: check_sweep,
+    EvaluateConfig: _check_evaluate,
+    GridConfig: check_grid,
+    InvertConfig: check_invert,
+    EditsConfig: check_edits,
+    CompareConfig: check_compare,
+}
