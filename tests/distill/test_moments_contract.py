@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import distill_processes
@@ -149,6 +150,23 @@ def test_alternating_losses_are_the_papers():
     g = auxiliary(z, b.s, b.cond)
     both = (w * ((x.detach() - g).square() + (target - g).square())).mean()
     torch.testing.assert_close(method.loss(b, 0)[0], both, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("s", "sigma"), [(0.0, 0.002), (0.001, 0.002), (0.3, None)])
+def test_weights_grow_no_further_than_to_edms_least_noise(s, sigma):
+    # the paper draws s where sigma >= 0.002; cosine's s = 0 would weigh e^20, 2,000 times as much, and rule every batch
+    method = of_form("alternating")
+    student, auxiliary, teacher = (*method.networks.values(), method.teacher)
+    b = replace(drawn(method), s=torch.full((32,), s), t=torch.full((32,), s + 0.2))
+    w = 1 / sigma**2 + 4 if sigma else float(edm_weight(SCHEDULE.log_snr(torch.tensor(s))))
+    with torch.no_grad():
+        x = student(b.z, b.t, b.cond)
+        z = step_to(x, b.z, b.t, b.s, b.step_noise, SCHEDULE)
+        target, estimate = teacher(z, b.s, b.cond), auxiliary(z, b.s, b.cond)
+        losses = method.loss(b, 1)[0], method.loss(b, 0)[0]
+    torch.testing.assert_close(losses[0], w * (x * (estimate - target)).mean(), rtol=1e-4, atol=0)
+    both = (x - estimate).square() + (target - estimate).square()
+    torch.testing.assert_close(losses[1], w * both.mean(), rtol=1e-4, atol=0)
 
 
 def test_instant_loss_is_the_papers_with_the_sign_of_equation_7():

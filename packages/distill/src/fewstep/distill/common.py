@@ -65,12 +65,16 @@ class Weighting:
     """The loss of every method here: weight(lambda_t) times the squared error of x.
 
     Mean over an image's pixels, then over the batch (arXiv 2202.00512, section 4), in float32 or wider whatever
-    autocast says. `name` is one of fewstep.schedules' weights, `weight` its function of the log-SNR; an unknown one
-    raises ValueError.
+    autocast says. `name` is one of fewstep.schedules' weights; an unknown one raises ValueError. Above `log_snr_max` it
+    stays as it is there.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.weight = name, loss_weight(name)
+    def __init__(self, name: str, log_snr_max: float = math.inf) -> None:
+        self.name, self.log_snr_max, self._weight = name, log_snr_max, loss_weight(name)
+
+    def weight(self, log_snr: Tensor) -> Tensor:
+        """The weight of the squared error of x. Shape: any -> same, float32 or wider."""
+        return self._weight(log_snr.clamp(max=self.log_snr_max))
 
     def __call__(self, x: Tensor, target: Tensor, log_snr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and logs "loss" and "x_mse" (not weighted). Shape: x, target (B, ...), log_snr (B,) -> ()."""

@@ -26,8 +26,9 @@ class MomentMatching(Moments):
         null_cond: what guidance drops; needed with w_range.
         w_range: None for a teacher without guidance. (low, high): the teacher is guided with w ~ U[low, high], which
             student and auxiliary are given if they take it (`takes_guidance`); if they do not, low = high.
-        weight: w(s), the name of a loss weight of fewstep.schedules, or "adaptive" (DMD's, meant for k <= 2: x~'s
-            gradient divided by the mean |x~ - g_theta(z_s)| of its sample; the auxiliary loss is flat).
+        weight: w(s), the name of a loss weight of fewstep.schedules (below EDM's least noise, sigma = 0.002, it stays
+            as it is there), or "adaptive" (DMD's, meant for k <= 2: x~'s gradient divided by the mean
+            |x~ - g_theta(z_s)| of its sample; the auxiliary loss is flat).
         renoise: how z_s is reached, see `step_to`; other than "posterior" for ablations.
 
     Raises:

@@ -3,6 +3,7 @@
 B is arXiv 2406.04103. There g_eta is the student, g_theta the teacher, g_phi the auxiliary denoiser.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -24,10 +25,13 @@ from fewstep.distill.guidance import guidance_target
 from fewstep.distill.halving import check_steps
 from fewstep.distill.method import Batch
 from fewstep.samplers import ddim_step
-from fewstep.schedules import Cond, Denoiser, Schedule, Trained, loss_weight
+from fewstep.schedules import Cond, Denoiser, Schedule, Trained
 
 Renoise = Literal["posterior", "unconditional", "ddim"]
 ADAPTIVE = "adaptive"  # DMD's weight (arXiv 2311.18828, eq. 8): one over the size of the teacher's correction
+# w(s) stays as it is there: EDM's test-time schedule, which the paper draws s from, ends at sigma = 0.002. On schedules
+# that go on to log-SNR 20, weights that grow as e^lambda would grow by a further factor of 2,000.
+LOG_SNR_MAX = -2 * math.log(0.002)
 SMALLEST = 1e-5  # of that size: where s = 0 there may be nothing to correct
 
 
@@ -69,7 +73,7 @@ class Moments(Training):
         self.w_range = None if w_range is None else checked_range(w_range)
         self.takes_w = _takes_w(networks, self.w_range)
         _check_teacher(teacher, null_cond, self.w_range)
-        self.weight, self.weighting = weight, Weighting("flat" if weight == ADAPTIVE else weight)
+        self.weight, self.weighting = weight, Weighting("flat" if weight == ADAPTIVE else weight, LOG_SNR_MAX)
         super().__init__(**networks)
         for name, network in networks.items():
             assign_roles(teacher, network, name)
@@ -122,7 +126,7 @@ class Moments(Training):
         """w(s). Shape: x, teacher_x (B, ...), s (B,) -> (B,)."""
         if self.weight == ADAPTIVE:
             return 1 / (x - teacher_x).abs().flatten(1).mean(1).clamp(min=SMALLEST)
-        return loss_weight(self.weight)(self.schedule.log_snr(s))
+        return self.weighting.weight(self.schedule.log_snr(s))
 
 
 def weighted_product(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

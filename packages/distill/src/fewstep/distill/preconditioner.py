@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distill.common import Weighting, noise_like, uniforms
+from fewstep.distill.moments import LOG_SNR_MAX
 from fewstep.distill.parameters import loss_gradient, values
 from fewstep.schedules import Cond, Schedule
 
@@ -57,7 +58,7 @@ def estimate_preconditioner(
         ValueError: weight is unknown or there is no batch.
     """
     schedule: Schedule = teacher.schedule  # type: ignore[assignment]  # nn.Module types attributes as modules
-    weighting, parameters, count = Weighting(weight), values(teacher), 0
+    weighting, parameters, count = Weighting(weight, LOG_SNR_MAX), values(teacher), 0
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x, cond, seeds in data:
         (t, _), count = uniforms(seeds), count + 1
