@@ -110,12 +110,12 @@ def _block(calls: Calls, count: int, wait_us: float, cycles_per_us: float, start
     return _Block(before.elapsed_time(after) * 1e3 / count, host * 1e6 / count, late)
 
 
-def _event() -> Any:                  # torch has no types for it, nor for the next
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def _wait(cycles: int) -> None:
-    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]  # nor for this
 
 
 def _cycles_per_us(device: torch.device) -> float:

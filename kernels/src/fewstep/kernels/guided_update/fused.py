@@ -19,7 +19,8 @@ def _arguments(
     levels: list[Tensor], prediction: int, kind: int, low: float, high: float,
 ) -> Arguments:  # fmt: skip
     z = dense(z.float())
-    cond, uncond, other = (None if x is None else laid_like(x, z) for x in (cond, uncond, other))  # type: ignore[assignment]
+    cond = laid_like(cond, z)
+    uncond, other = (None if x is None else laid_like(x, z) for x in (uncond, other))
     return Arguments(cond, uncond, z, other, weight, w, tuple(levels * 3)[:6], prediction, kind, low, high)
 
 
@@ -41,7 +42,7 @@ def _like(z: Tensor, with_x: bool) -> tuple[Tensor, Tensor]:
     return out, torch.empty_like(out) if with_x else out.new_empty(0)
 
 
-@fused.register_fake
+@fused.register_fake  # its arguments are of the types above
 def _(backend, cond, uncond, z, other, weight, w, levels, prediction, kind, low, high, with_x):  # type: ignore[no-untyped-def]
     return _like(dense(z.float()), with_x)
 
@@ -71,7 +72,7 @@ def _gradients(cond: Tensor, guided: bool, z: Tensor, needs_z: bool) -> tuple[Te
     )
 
 
-@fused_backward.register_fake
+@fused_backward.register_fake  # and so are these
 def _(backend, grad, cond, uncond, z, weight, w, levels, prediction, kind, low, high, needs_z):  # type: ignore[no-untyped-def]
     d_cond, d_uncond, d_z = _gradients(cond, uncond is not None, dense(z.float()), needs_z)
     return d_cond, d_uncond, d_z.to(z.dtype)

@@ -4,6 +4,7 @@ Nothing here changes the module: parameters are passed in by `torch.func.functio
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,10 @@ def directional(
     Raises:
         RuntimeError: the network's output has no tangent, since an operation drops them.
     """
-    with torch.no_grad(), forward_ad.dual_level():
-        dual, parts = forward_ad.make_dual, forward_ad.unpack_dual
-        duals = {name: dual(value, direction[name]) for name, value in parameters.items()}  # type: ignore[no-untyped-call]
-        found, derivative = parts(functional_call(denoiser, duals, (z, t, cond)))  # type: ignore[no-untyped-call]
+    forward: Any = forward_ad  # torch has no types here
+    with torch.no_grad(), forward.dual_level():
+        duals = {name: forward.make_dual(value, direction[name]) for name, value in parameters.items()}
+        found, derivative = forward.unpack_dual(functional_call(denoiser, duals, (z, t, cond)))
     if derivative is None:
         raise RuntimeError(f"{type(denoiser).__name__} has no derivative in forward mode: an operation drops tangents")
     return found, derivative

@@ -86,7 +86,7 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
 def recompute_activations(network: nn.Module) -> None:
     """Keep of every block what goes in, and compute the rest again in the backward pass: a third more time."""
     for block in blocks(network):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def keep_activations(network: nn.Module) -> None:

@@ -146,7 +146,8 @@ class Autoencoder(nn.Module):
         """
         self._check(z, self.latent_shape, "latents")
         inner = z.to(self.shift.dtype) * self.scale + self.shift
-        return self.decoder(inner.to(memory_format=torch.channels_last)).contiguous()  # type: ignore[no-any-return]
+        images: Tensor = self.decoder(inner.to(memory_format=torch.channels_last)).contiguous()
+        return images
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """A round trip through sampled latents, and their distribution. Shape: x (B, C, H, W), noise like latents."""

@@ -92,7 +92,7 @@ class NetworkDenoiser(nn.Module):
         """What .to(device), .double() and their like call."""
         if self.text_encoder is not None:
             self.text_encoder._apply(fn)  # type: ignore[no-untyped-call]  # torch has no types here
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nor here
         return self
 
     @property
