@@ -20,6 +20,7 @@ from fewstep.lab.config import AutoencoderConfig, Config, ConfigError, NetworkCo
 from fewstep.lab.networks import build_denoiser, with_dropout
 from fewstep.lab.pretrained import read_checkpoint
 from fewstep.lab.shapes.scene import SIDE
+from fewstep.lab.sources import digests, refuse_changed, write_source
 from fewstep.lab.text import new_encoder
 from fewstep.lab.validate import validate
 from fewstep.models import GuidedDenoiser, NetworkDenoiser, UNet, from_diffusers, load, save, with_guidance_input
@@ -141,6 +142,25 @@ def test_a_checkpoint_that_changed_is_refused_and_one_that_moved_is_not(
     (moved / "model_index.json").write_text("{}")
     assert main(again) == 2
     assert "model_index.json is another than when" in capsys.readouterr().err
+
+
+def test_a_scheduler_of_another_folder_is_part_of_what_was_read(config: Config, tmp_path: Path) -> None:
+    """The network's own folder may have none; another scheduler makes another teacher of the same weights."""
+    unet(**DIGIT).save_pretrained(tmp_path / "model")
+    ddpm().save_pretrained(tmp_path / "elsewhere")
+    stage = altered(config, "stages.teacher.path", str(tmp_path / "model")).stages["teacher"]
+    with pytest.raises(ConfigError, match=r"scheduler_config.json is missing: give a scheduler"):
+        read_checkpoint(stage, 8)
+    stage.scheduler = str(tmp_path / "elsewhere")
+    assert read_checkpoint(stage, 8).prediction == "eps"
+    write_source(tmp_path, stage, digests(stage))
+    refuse_changed(stage, tmp_path)
+    ddpm("v_prediction").save_pretrained(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"scheduler=scheduler_config.json is another than when"):
+        refuse_changed(stage, tmp_path)
+    (tmp_path / "source.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"source.json is damaged"):
+        refuse_changed(stage, tmp_path)
 
 
 @pytest.mark.parametrize("inpainting", [False, True])
