@@ -56,3 +56,13 @@ def test_moment_matching() -> None:
     for name, (count, ratio) in rows.items():
         assert ratio == pytest.approx(count / (12 if name.endswith("guided") else 10), abs=2e-3)
     assert code == (max(ratio for _, ratio in rows.values()) > 1.2)
+
+
+def test_fid() -> None:
+    out, code = printed("lab/benchmarks/fid.py", "--samples", "3000", "--features", "64")
+    folding, distance, total = map(float, re.findall(rf"(?:moments|distance|total){TIMED} s", out))
+    assert total == pytest.approx(folding + distance, abs=0.011)
+    (memory,) = re.findall(rf"memory{TIMED} GB", out)
+    assert code == (total > 60 or float(memory) > 2)
+    (found,) = re.findall(rf"FID {NUMBER}$", out, re.M)
+    assert 0 < float(found) < 1      # of 3,000 samples of the Gaussian whose own moments they are held against

@@ -7,6 +7,7 @@ from lab_configs import altered
 
 from fewstep.lab.compose import compose
 from fewstep.lab.config import STAGES, Config, ConfigError, ReportConfig
+from fewstep.lab.stages.results import features_of
 from fewstep.lab.validate import CHECKS, stage_order, untrained_weights, validate
 
 DIGITS = Path(__file__).parents[2] / "experiments" / "digits"
@@ -66,6 +67,10 @@ def test_misspelt_key_is_named_with_the_nearest_known_one(override: str, words: 
         ("stages.teacher.cond_drop", 1.0, "in [0, 1)"),
         ("stages.evaluate.steps", [4, 32], "one of the trained students'"),
         ("stages.evaluate.steps", [3], "steps=3: must be one of the trained students"),
+        ("stages.evaluate.num_samples", 15, "16 or more, the judge's features"),
+        ("stages.evaluate.curve_samples", 15, "or set stages.evaluate.allow_few_samples=true"),
+        ("stages.classifier.width", 21, "stages.evaluate.num_samples=40: must be 42 or more"),
+        ("data.heldout", 15, "data.heldout=15: must be 16 or more"),
         ("prediction", "epsilon", "must be one of x, eps, v, flow"),
         ("data.image_size", 16, "digits has 8"),
         ("data.channels", 3, "digits has 1"),
@@ -84,6 +89,14 @@ def test_impossible_value_is_refused_with_what_would_be_right(
     assert words in str(caught.value)
     assert str(caught.value).startswith((key, key.split(".")[0]))
     assert "\n" not in str(caught.value)
+
+
+def test_few_samples_that_are_allowed_are_marked() -> None:
+    # Broken: a figure of a quick test stands in a table like any other.
+    few = digits("stages.evaluate.num_samples=10", "stages.evaluate.allow_few_samples=true")
+    assert "fewer samples (10) than features (16)" in features_of(few.stages["evaluate"], few)
+    enough = digits()
+    assert "fewer" not in features_of(enough.stages["evaluate"], enough)
 
 
 def test_stages_of_every_type_are_checked() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch_fidelity
+import torch_fidelity.metric_fid
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fewstep.lab.metrics import (
+    FewSamplesError,
     Moments,
+    StreamedMoments,
     extract,
     frechet_distance,
     inception_score,
@@ -175,27 +176,62 @@ def test_judge_sees_clamped_images_and_the_last_registration() -> None:
     assert found.features.dtype == torch.float64
 
 
-def test_merged_moments_are_those_of_the_union(tmp_path: Path) -> None:
-    """Features extracted by several processes must give one process's FID, also through a statistics file."""
-    features = gaussian(101, 5, seed=8, shift=10.0)
-    merged = Moments.of(features[:30]).merge(Moments.of(features[30:57])).merge(Moments.of(features[57:]))
-    assert merged.count == 101
+def test_streamed_and_merged_moments_are_those_of_the_union() -> None:
+    """Features extracted in batches by several processes must give one process's FID."""
+    features = gaussian(5003, 5, seed=8, shift=10.0)
+    parts = []
+    for rank in range(3):
+        streamed = StreamedMoments()
+        for batch in features[rank::3].split(37):
+            streamed.add(batch)
+        parts.append(streamed.moments())
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    assert merged.count == 5003
     np.testing.assert_allclose(merged.mean, features.mean(0).numpy(), rtol=1e-12)
     np.testing.assert_allclose(merged.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-10)
-    merged.save(tmp_path / "reference.npz", features="test-judge")
-    loaded = Moments.load(tmp_path / "reference.npz", features="test-judge")
-    np.testing.assert_allclose(loaded.scatter, merged.scatter, rtol=1e-12)
-    assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
+    other = Moments.of(gaussian(900, 5, seed=9, shift=9.0))
+    found = [frechet_distance(one, other) for one in (merged, Moments.of(features))]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
-def test_reference_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
-    """Families of FID numbers must not be mixed; a broken file must not crash half-way through an evaluation."""
-    path = tmp_path / "reference.npz"
-    Moments.of(gaussian(9, 3, seed=9)).save(path, features="inception")
-    with pytest.raises(ValueError, match=r"features 'inception', not 'digits'"):
-        Moments.load(path, features="digits")
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="holds no reference statistics"):
-        Moments.load(path, features="digits")
-    with pytest.raises(ValueError, match="N >= 2"):
-        Moments.of(torch.zeros(1, 3))
+def test_float32_features_far_from_zero_keep_their_covariance() -> None:
+    """Sums of squares in float32, or uncentred, lose a small variance beside a large mean."""
+    streamed = StreamedMoments()
+    features = (gaussian(4000, 2, seed=1) * 1e-2 + 100).float()
+    for batch in features.split(1000):
+        streamed.add(batch)
+    expected = np.cov(features.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(streamed.moments().covariance, expected, rtol=1e-9)
+
+
+def test_no_moments_of_nothing() -> None:
+    """A covariance of one sample would be a division by zero, and NaN in a table."""
+    with pytest.raises(ValueError, match="one sample or more"):
+        StreamedMoments().moments()
+    with pytest.raises(ValueError, match="two samples or more"):
+        _ = Moments.of(torch.zeros(1, 3)).covariance
+    with pytest.raises(ValueError, match=r"N >= 1, got shape \(0, 3\)"):
+        Moments.of(torch.zeros(0, 3))
+
+
+def test_fid_of_fewer_samples_than_features_is_refused_and_kid_offered() -> None:
+    """With a singular covariance FID is ruled by the number of samples: such a figure beside a paper's misleads."""
+    few, many = Moments.of(gaussian(5, 6, seed=0)), Moments.of(gaussian(6, 6, seed=1))
+    for pair in ((few, many), (many, few)):
+        with pytest.raises(FewSamplesError, match=r"5 samples in 6 features.*KID.*allow_few_samples=true"):
+            frechet_distance(*pair)
+    expected = torch_fidelity.metric_fid.fid_statistics_to_metric(
+        *({"mu": one.mean, "sigma": one.covariance} for one in (few, many)), False
+    )["frechet_inception_distance"]
+    assert frechet_distance(few, many, allow_few_samples=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_that_are_not_finite_are_counted_and_refused() -> None:
+    """One NaN makes every figure NaN; without a count nobody knows whether one image or the sampler is broken."""
+    images = torch.zeros(20, 1, 4, 4)
+    images[7, 0, 1, 1], images[13] = torch.inf, torch.nan
+    with pytest.raises(ValueError, match=r"2 of 20 samples hold NaN or infinity, number 7 first"):
+        extract(register_judge("test-judge", judge), images.split(6))
+    broken = Moments(9, np.full(2, np.nan), np.eye(2))
+    with pytest.raises(ValueError, match="must be finite"):
+        frechet_distance(broken, broken)

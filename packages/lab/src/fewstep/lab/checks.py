@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-from fewstep.lab.config import Config, ConfigError, StageConfig
+from fewstep.lab.config import ClassifierConfig, Config, ConfigError, StageConfig
 from fewstep.schedules import Schedule, loss_weight, schedule_from_config
 
 
@@ -13,6 +13,29 @@ def needs_one(key: str, stage: StageConfig, config: Config, *kinds: str) -> Any:
     found = [config.stages[need] for need in stage.needs if config.stages[need].kind in kinds]
     require(len(found) == 1, f"{key}.needs", stage.needs, f"exactly one stage of kind {' or '.join(kinds)}")
     return found[0]
+
+
+def few_samples(stage: Any, config: Config) -> tuple[str, int, int] | None:
+    """(key, samples, features) where a measuring stage takes FID of fewer samples than its judge has features."""
+    judges = [config.stages[need] for need in stage.needs if config.stages[need].kind == "classifier"]
+    counts = {f"stages.{stage.name}.num_samples": stage.num_samples, "data.heldout": config.data.heldout}
+    if getattr(stage, "curve_samples", 0):
+        counts[f"stages.{stage.name}.curve_samples"] = stage.curve_samples
+    for judge in judges:
+        assert isinstance(judge, ClassifierConfig)
+        for key, count in counts.items():
+            if count < judge.features:
+                return key, count, judge.features
+    return None
+
+
+def check_samples(stage: Any, config: Config) -> None:
+    """FID is of at least as many samples as features, unless `allow_few_samples` is set."""
+    found = few_samples(stage, config)
+    if found is not None and not stage.allow_few_samples:
+        key, count, features = found
+        right = f"{features} or more, the judge's features: FID of fewer is mostly a matter of how few"
+        raise ConfigError(f"{key}={count}: must be {right}; or set stages.{stage.name}.allow_few_samples=true")
 
 
 def check_range(key: str, w_range: list[float]) -> None:

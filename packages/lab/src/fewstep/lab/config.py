@@ -166,6 +166,11 @@ class ClassifierConfig(TrainingConfig):
     max_shift: int = 1
     noise: float = 0.1
 
+    @property
+    def features(self) -> int:
+        """How many features it gives of an image."""
+        return 2 * self.width
+
 
 @dataclass
 class AutoencoderConfig(TrainingConfig):
@@ -338,6 +343,7 @@ class SweepConfig(StageConfig):
     num_samples: int = 1000
     chunk: int = 250
     kid_subsets: int = 50
+    allow_few_samples: bool = _free(False)  # no figure changes, only whether it is refused
     workers: int = _free(0)
     seed: int = 1
 
@@ -373,6 +379,7 @@ class CompareConfig(StageConfig):
     weights: list[float] = field(default_factory=lambda: [0.0])
     chunk: int = 250
     kid_subsets: int = 50
+    allow_few_samples: bool = _free(False)  # no figure changes, only whether it is refused
     workers: int = _free(0)
     seed: int = 2
     targets: list[RatioTarget] = field(default_factory=list)
@@ -444,6 +451,7 @@ class EvaluateConfig(StageConfig):
     whose time speed-ups are taken. guide_steps: steps of stage one alone. curve_weights, curve_samples,
     curve_reference: w, samples per w (0: num_samples) and teacher sampler of the FID-IS curve. floor: also two sets of
     teacher samples against each other. chunk: images sampled at once. kid_subsets: subsets that KID is the mean of.
+    allow_few_samples: also FID of fewer samples than the judge has features, marked in every table: to test with.
     workers: processes that sample; 0: one per core on the CPU, each of one thread, and one on a GPU.
     """
 
@@ -463,6 +471,7 @@ class EvaluateConfig(StageConfig):
     curve_reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     chunk: int = 250
     kid_subsets: int = 50
+    allow_few_samples: bool = _free(False)  # no figure changes, only whether it is refused
     workers: int = _free(0)
     seed: int = 1
     floor: bool = False
@@ -525,6 +534,7 @@ class GridConfig(StageConfig):
     truth: ReferenceConfig = field(default_factory=lambda: ReferenceConfig("ddim", 256))
     truth_weights: list[float] = field(default_factory=list)
     chunk: int = 250
+    allow_few_samples: bool = _free(False)  # no figure changes, only whether it is refused
     workers: int = _free(0)
     seed: int = 3
     targets: list[GridTarget] = field(default_factory=list)

@@ -3,7 +3,17 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from fewstep.lab.checks import check_range, check_schedule, check_weight, near, needs_one, one_of, positive, require
+from fewstep.lab.checks import (
+    check_range,
+    check_samples,
+    check_schedule,
+    check_weight,
+    near,
+    needs_one,
+    one_of,
+    positive,
+    require,
+)
 from fewstep.lab.cluster.config import problem
 from fewstep.lab.config import (
     STAGES,
@@ -212,6 +222,7 @@ def _check_evaluate(key: str, stage: EvaluateConfig, config: Config) -> None:
     for steps in stage.steps:
         require(steps in judged, f"{key}.steps", steps, f"one of the trained students' {judged}")
     one_of(f"{key}.headline", stage.headline, stage.steps)
+    check_samples(stage, config)
 
 
 def kind_of(stage: StageConfig) -> str:

@@ -1,6 +1,6 @@
 """What can be wrong with the stages that measure a grid of w x steps, and encoders."""
 
-from fewstep.lab.checks import needs_one, one_of, positive, require
+from fewstep.lab.checks import check_samples, needs_one, one_of, positive, require
 from fewstep.lab.config import AlignmentTarget, Config, GridConfig, HalveConfig, InvertConfig, StageConfig
 from fewstep.lab.validate_teachers import TEACHERS
 
@@ -20,6 +20,7 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
         one_of(f"{key}.truth_weights", w, stage.weights)
     needs_one(key, stage, config, "classifier")
     needs_one(key, stage, config, *TEACHERS)
+    check_samples(stage, config)
     for need in stage.needs:
         right = f"without {need}: students of moment matching are measured by a stage of kind compare"
         require(config.stages[need].kind != "moments", f"{key}.needs", stage.needs, right)

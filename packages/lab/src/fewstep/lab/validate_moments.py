@@ -1,6 +1,6 @@
 """What can be wrong with the stages of moment matching: the distillation, the teacher's sweep, the comparison."""
 
-from fewstep.lab.checks import check_range, check_weight, needs_one, one_of, positive, require
+from fewstep.lab.checks import check_range, check_samples, check_weight, needs_one, one_of, positive, require
 from fewstep.lab.config import (
     CompareConfig,
     Config,
@@ -93,6 +93,7 @@ def check_sweep(key: str, stage: SweepConfig, config: Config) -> None:
     needs_one(key, stage, config, "classifier")
     teacher = needs_one(key, stage, config, *TEACHERS)
     check_other_schedule(f"{key}.schedule", stage.schedule, teacher, config)
+    check_samples(stage, config)
 
 
 def check_compare(key: str, stage: CompareConfig, config: Config) -> None:
@@ -101,6 +102,7 @@ def check_compare(key: str, stage: CompareConfig, config: Config) -> None:
     require(all(w >= 0 for w in stage.weights), f"{key}.weights", stage.weights, "each 0 (no guidance) or more")
     for kinds in (("classifier",), TEACHERS, ("sweep",)):
         needs_one(key, stage, config, *kinds)
+    check_samples(stage, config)
     students = {need: config.stages[need].steps for need in stage.needs if config.stages[need].kind in STUDENTS}
     require(bool(students), f"{key}.needs", stage.needs, f"with a stage of kind {' or '.join(STUDENTS)}")
     for need in stage.needs:

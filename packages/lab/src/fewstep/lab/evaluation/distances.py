@@ -55,21 +55,28 @@ class Reference:
     """The data, and how finely it is compared with.
 
     KID, precision and recall are against held-out images; KID in features that are standardised by theirs.
+    allow_few_samples: also FID of fewer samples than features.
     """
 
     train: SplitFeatures
     heldout: SplitFeatures
     kid_subsets: int
+    allow_few_samples: bool = False
 
     @classmethod
-    def of(cls, judge: str, data: Data, kid_subsets: int) -> Reference:
+    def of(cls, judge: str, data: Data, kid_subsets: int, allow_few_samples: bool = False) -> Reference:
         """Features of both splits."""
-        return cls(SplitFeatures.of(judge, data.train), SplitFeatures.of(judge, data.heldout), kid_subsets)
+        train, heldout = (SplitFeatures.of(judge, split) for split in (data.train, data.heldout))
+        return cls(train, heldout, kid_subsets, allow_few_samples)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of images of each split."""
         return {"train": len(self.train.labels), "heldout": len(self.heldout.labels)}
+
+    def fid(self, a: Moments, b: Moments) -> float:
+        """Frechet distance of two sets."""
+        return frechet_distance(a, b, allow_few_samples=self.allow_few_samples)
 
     def distances(self, found: Features, labels: Tensor) -> dict[str, Any]:
         """Everything that is measured of a set of images against the data: JSON-able."""
@@ -79,8 +86,8 @@ class Reference:
         precision, recall = precision_recall(found.features, heldout)
         return {
             "samples": len(labels),
-            "fid_heldout": frechet_distance(moments, self.heldout.moments),
-            "fid_train": frechet_distance(moments, self.train.moments),
+            "fid_heldout": self.fid(moments, self.heldout.moments),
+            "fid_train": self.fid(moments, self.train.moments),
             "kid": kid.mean,
             "kid_std": kid.std,
             "is": inception_score(found.logits),
@@ -114,7 +121,8 @@ def data_row(samples: Samples, draw: Draw, count: int, reference: Reference) -> 
 
 def teacher_distance(samples: Samples, plan: Plan, draw: Draw, count: int) -> float:
     """Frechet distance to the teacher's samples of the same w from other noises, equally many."""
-    return frechet_distance(samples.moments(draw, count), samples.moments(plan.reference(draw.w, OTHER), count))
+    pair = samples.moments(draw, count), samples.moments(plan.reference(draw.w, OTHER), count)
+    return frechet_distance(*pair, allow_few_samples=plan.options.allow_few_samples)
 
 
 def teacher_rows(samples: Samples, plan: Plan, reference: Reference) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from fewstep.lab.evaluation.plan import BASELINES, PAIRED, Draw, Students, equal
 from fewstep.lab.evaluation.rows import Row, select
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.zoo import Model
-from fewstep.lab.metrics import Target, class_accuracy, frechet_distance, inception_score
+from fewstep.lab.metrics import Target, class_accuracy, inception_score
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _measured(samples: Samples, draw: Draw, count: int, reference: Reference) ->
     found, moments = samples.features(draw, count), samples.moments(draw, count)
     classes = {} if samples.prompts else {"accuracy": class_accuracy(found.logits, samples.labels(count))}
     return {
-        "fid_heldout": frechet_distance(moments, reference.heldout.moments),
+        "fid_heldout": reference.fid(moments, reference.heldout.moments),
         "is": inception_score(found.logits),
         **classes,
     }

@@ -2,6 +2,7 @@
 
 from .fidelity import (
     Features,
+    FewSamplesError,
     Judge,
     KernelDistance,
     PrecisionRecall,
@@ -15,17 +16,22 @@ from .fidelity import (
     standardised,
 )
 from .interval import wilson
-from .moments import Moments
+from .moments import Gaussian, Moments, StreamedMoments
 from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
+from .statistics import Statistics
 from .targets import Target
 
 __all__ = [
     "Features",
+    "FewSamplesError",
+    "Gaussian",
     "Judge",
     "KernelDistance",
     "Moments",
     "PairedError",
     "PrecisionRecall",
+    "Statistics",
+    "StreamedMoments",
     "Target",
     "class_accuracy",
     "class_spread",

@@ -1,17 +1,33 @@
-"""Mean and covariance of features: merged across processes, and kept as `.npz` reference statistics."""
+"""Mean and covariance of features: as they stream by, and merged across processes."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from zipfile import BadZipFile
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 FloatArray = NDArray[np.float64]
+FOLD = 2048  # rows that are folded into a scatter at once: a product of matrices, not one of vectors
+
+
+class Gaussian(Protocol):
+    """What a Frechet distance is of: mean (D,), covariance (D, D), and the samples behind them, None if unknown."""
+
+    @property
+    def count(self) -> int | None:
+        """How many samples."""
+
+    @property
+    def mean(self) -> FloatArray:
+        """Their mean."""
+
+    @property
+    def covariance(self) -> FloatArray:
+        """Their unbiased covariance."""
 
 
 @dataclass(frozen=True)
@@ -24,48 +40,53 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Moments of features (N, D); raises ValueError for fewer than two samples."""
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"moments need features (N, D) with N >= 2, got shape {tuple(features.shape)}")
+        """Moments of features (N, D); raises ValueError for none."""
+        if features.ndim != 2 or len(features) < 1:
+            raise ValueError(f"moments need features (N, D) with N >= 1, got shape {tuple(features.shape)}")
         values = features.double().numpy()
-        centred = values - values.mean(axis=0)
-        return cls(len(values), values.mean(axis=0), centred.T @ centred)
+        mean = values.mean(axis=0)
+        centred = values - mean
+        return cls(len(values), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of the union of two disjoint sets (Chan, Golub and LeVeque 1983), e.g. from two processes."""
         count = self.count + other.count
         shift = other.mean - self.mean
-        scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.count * other.count / count)
+        scatter = np.outer(shift, shift) * (self.count * other.count / count)
+        scatter += self.scatter
+        scatter += other.scatter
         return Moments(count, self.mean + shift * (other.count / count), scatter)
 
     @property
     def covariance(self) -> FloatArray:
-        """Unbiased covariance (D, D), as numpy.cov and torch-fidelity have it."""
+        """Unbiased covariance (D, D), as numpy.cov and torch-fidelity have it; ValueError for a single sample."""
+        if self.count < 2:
+            raise ValueError("a covariance needs two samples or more, got 1")
         return self.scatter / (self.count - 1)
 
-    def statistics(self) -> dict[str, FloatArray]:
-        """The form that torch-fidelity's FID takes."""
-        return {"mu": self.mean, "sigma": self.covariance}
 
-    def save(self, path: Path, features: str) -> None:
-        """Write reference statistics `mu`, `sigma`, `count` and the name of the `features` to an `.npz`, atomically."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
-        np.savez(partial, mu=self.mean, sigma=self.covariance, count=self.count, features=np.array(features))
-        partial.replace(path)
+@dataclass
+class StreamedMoments:
+    """Moments of features that come in batches; holds the last few rows and one scatter, however many there were."""
 
-    @classmethod
-    def load(cls, path: Path, features: str) -> Moments:
-        """Read statistics written by `save`.
+    _folded: Moments | None = None
+    _rows: list[Tensor] = field(default_factory=list)
 
-        Raises ValueError for a file that is no such archive, or whose statistics were made in other features: families
-        of FID numbers must not be mixed.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                mean, sigma = archive["mu"], archive["sigma"]
-                count, made_in = int(archive["count"]), str(archive["features"])
-        except (BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} holds no reference statistics (mu, sigma, count, features): {error}") from None
-        if made_in != features:
-            raise ValueError(f"{path} was made in features {made_in!r}, not {features!r}")
-        return cls(count, mean, sigma * (count - 1))
+    def add(self, features: Tensor) -> None:
+        """Take in features (B, D), of any floating type."""
+        self._rows.append(features)
+        if sum(map(len, self._rows)) >= FOLD:
+            self._fold()
+
+    def moments(self) -> Moments:
+        """Those of all rows so far; raises ValueError for none."""
+        if self._rows:
+            self._fold()
+        if self._folded is None:
+            raise ValueError("no features: moments need one sample or more")
+        return self._folded
+
+    def _fold(self) -> None:
+        found = Moments.of(torch.cat(self._rows))
+        self._rows = []
+        self._folded = found if self._folded is None else self._folded.merge(found)

@@ -13,12 +13,11 @@ from fewstep.lab.context import StageContext
 from fewstep.lab.data import load_data
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.comparison import TEACHER, Contestant, compare, training_of, verdicts
-from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.sampling import knowingly, own_sampler
-from fewstep.lab.stages.evaluate import NOISES_SHOWN, samples_of
+from fewstep.lab.stages.evaluate import NOISES_SHOWN, reference_of, samples_of
 from fewstep.lab.stages.results import header, made_with, say_targets, write_results
 from fewstep.lab.validate_moments import STUDENTS
 from fewstep.lab.validate_teachers import TEACHERS
@@ -34,7 +33,7 @@ def run(ctx: StageContext) -> None:
     sizes = {draw: stage.num_samples for one in contestants for draw in one.draws(stage.sampling_seeds)}
     samples = samples_of(ctx, sizes, models)
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
-    reference = Reference.of(samples.judge, data, stage.kid_subsets)
+    reference = reference_of(ctx, samples, data)
     with knowingly():
         rows = compare(samples, contestants, stage, reference)
     results: dict[str, Any] = {

@@ -17,7 +17,7 @@ from fewstep.lab.checkpoint import write_tensors
 from fewstep.lab.classifier import Classifier, load_classifier
 from fewstep.lab.config import ConfigError, EvaluateConfig
 from fewstep.lab.context import Interrupted, StageContext
-from fewstep.lab.data import load_data
+from fewstep.lab.data import Data, load_data
 from fewstep.lab.evaluation import distances, pairs, rows, timing
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.distances import Reference
@@ -43,10 +43,15 @@ def run(ctx: StageContext) -> None:
     samples = samples_of(ctx, plan.requests(), models)
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
     with knowingly():
-        results = measure(ctx, samples, plan, Reference.of(samples.judge, data, ctx.stage.kid_subsets))
+        results = measure(ctx, samples, plan, reference_of(ctx, samples, data))
     write_grids(ctx.out / "grids.safetensors", samples, plan)
     write_results(ctx, results)
     say_targets(ctx, results)
+
+
+def reference_of(ctx: StageContext, samples: Samples, data: Data) -> Reference:
+    """The data as the judge of `samples` sees it."""
+    return Reference.of(samples.judge, data, ctx.stage.kid_subsets, ctx.stage.allow_few_samples)
 
 
 def plan_of(ctx: StageContext, training_images: int) -> tuple[Plan, dict[str, Model]]:

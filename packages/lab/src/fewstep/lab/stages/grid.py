@@ -30,7 +30,7 @@ def run(ctx: StageContext) -> None:
     data = load_data(ctx.config.data)
     samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
-    reference = Reference.of(samples.judge, data, KID_SUBSETS)
+    reference = Reference.of(samples.judge, data, KID_SUBSETS, ctx.stage.allow_few_samples)
     with knowingly():
         rows = measure(samples, grid, reference)
     targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]

@@ -8,16 +8,19 @@ from dataclasses import asdict
 from typing import Any
 
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.config import DataConfig
+from fewstep.lab.checks import few_samples
+from fewstep.lab.config import Config, StageConfig
 from fewstep.lab.context import StageContext
 from fewstep.lab.evaluation import FORMAT
 from fewstep.lab.evaluation.circumstances import circumstances
 
 
-def features_of(config: DataConfig) -> str:
-    """Whose features distances are measured in."""
-    judge = {"captioned_shapes": "shape", "image_folder_with_captions": "image"}.get(config.name, "digit")
-    return f"{judge}-classifier features, not Inception"
+def features_of(stage: StageConfig, config: Config) -> str:
+    """Whose features distances are measured in, and a mark where there are too few samples for as many features."""
+    judge = {"captioned_shapes": "shape", "image_folder_with_captions": "image"}.get(config.data.name, "digit")
+    few = few_samples(stage, config) if hasattr(stage, "allow_few_samples") else None
+    mark = "" if few is None else f", fewer samples ({few[1]}) than features ({few[2]}): FID means nothing"
+    return f"{judge}-classifier features, not Inception{mark}"
 
 
 def header(ctx: StageContext, **sizes: int) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def header(ctx: StageContext, **sizes: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "experiment": ctx.config.name,
-        "features": features_of(data),
+        "features": features_of(ctx.stage, ctx.config),
         "settings": asdict(ctx.stage),
         "data": {"name": data.name, "classes": data.num_classes, **sizes},
     }

@@ -6,11 +6,11 @@ from typing import Any
 
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import load_data
-from fewstep.lab.evaluation.distances import Reference, data_row
+from fewstep.lab.evaluation.distances import data_row
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.sampling import knowingly
-from fewstep.lab.stages.evaluate import samples_of
+from fewstep.lab.stages.evaluate import reference_of, samples_of
 from fewstep.lab.stages.results import header, made_with, write_results
 from fewstep.lab.validate_teachers import TEACHERS
 
@@ -25,7 +25,7 @@ def run(ctx: StageContext) -> None:
     samples = samples_of(ctx, dict.fromkeys(draws, stage.num_samples), models)
     samples.make(ctx.console, ctx.config.progress, ctx.stopping)
     data = load_data(ctx.config.data)
-    reference = Reference.of(samples.judge, data, stage.kid_subsets)
+    reference = reference_of(ctx, samples, data)
     with knowingly():
         rows = [
             {"noise_level": draw.noise_level, **data_row(samples, draw, stage.num_samples, reference)} for draw in draws
