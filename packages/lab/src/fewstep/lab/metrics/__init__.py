@@ -1,5 +1,7 @@
 """Metrics on sets of images, and on images paired by their noise."""
 
+from .clip_score import ClipScore
+from .extractors import Extractor, load_extractor
 from .fidelity import (
     Features,
     FewSamplesError,
@@ -22,6 +24,8 @@ from .statistics import Statistics
 from .targets import Target
 
 __all__ = [
+    "ClipScore",
+    "Extractor",
     "Features",
     "FewSamplesError",
     "Gaussian",
@@ -40,6 +44,7 @@ __all__ = [
     "guidance_response",
     "inception_score",
     "kernel_distance",
+    "load_extractor",
     "paired_error",
     "precision_recall",
     "register_judge",
