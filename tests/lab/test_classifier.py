@@ -7,6 +7,7 @@ import torch
 
 from fewstep.lab.classifier import Classifier, ClassifierTraining, accuracy, load_classifier, save_classifier, shift
 from fewstep.lab.config import ConfigError
+from fewstep.lab.data import Split
 from fewstep.schedules import sample_seeds
 
 
@@ -59,7 +60,7 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     with torch.no_grad():
         classifier.head.weight.zero_()
         classifier.head.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # always answers 1
-    assert accuracy(classifier, torch.rand(8, 1, 8, 8), torch.tensor([1, 1, 0, 2, 1, 0, 0, 0])) == 3 / 8
+    assert accuracy(classifier, Split(torch.rand(8, 1, 8, 8), torch.tensor([1, 1, 0, 2, 1, 0, 0, 0]))) == 3 / 8
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "other width", "missing"])

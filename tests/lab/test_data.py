@@ -7,8 +7,9 @@ from lab_configs import EXPERIMENTS
 from fewstep.lab.captioned import world_of
 from fewstep.lab.compose import compose
 from fewstep.lab.config import ConfigError, DataConfig
-from fewstep.lab.data import Order, load_data
+from fewstep.lab.data import Order, Split, load_data
 from fewstep.lab.shapes import parse, read, score
+from fewstep.schedules import sample_seeds
 
 
 def test_digits_are_all_there_once_in_range_and_stratified() -> None:
@@ -58,6 +59,31 @@ def test_processes_share_the_one_stream_in_order() -> None:
 def test_order_depends_on_the_seed() -> None:
     first, second = (Order(50, 50, seed).indices(torch.arange(50)) for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_bytes_are_the_same_images_at_a_quarter_of_the_memory() -> None:
+    values = torch.arange(0, 240, dtype=torch.uint8).reshape(10, 1, 4, 6)
+    split = Split(values, torch.arange(10))
+    images, labels = split.take(torch.tensor([7, 0]))
+    torch.testing.assert_close(images, values[[7, 0]].double().sub(127.5).div(127.5).float())
+    assert labels.tolist() == [7, 0]
+    assert torch.equal(torch.cat(list(split.batches(4))), split.take(torch.arange(10))[0])
+    assert torch.equal(split.first(3).images, split.take(torch.arange(3))[0])
+
+
+def test_half_of_the_visits_are_mirrored_by_their_seeds_alone() -> None:
+    # Broken: other processes see other images, an image is always mirrored, or is upside down.
+    values = torch.randint(256, (40, 3, 2, 5), dtype=torch.uint8)
+    plain, split = Split(values, torch.arange(40)), Split(values, torch.arange(40), flips=True)
+    indices, seeds = torch.arange(40), sample_seeds(0, 3, torch.arange(40))
+    images, (found, _) = plain.take(indices)[0], split.take(indices, seeds)
+    kept = (found == images).flatten(1).all(1)
+    assert torch.equal(found[~kept], images[~kept].flip(-1))
+    assert 10 < int(kept.sum()) < 30
+    assert torch.equal(split.take(indices[5:9], seeds[5:9])[0], found[5:9])
+    again, _ = split.take(indices, sample_seeds(0, 4, indices))
+    assert not torch.equal(again, found)
+    assert torch.equal(torch.cat(list(split.batches(7))), images)  # what is measured is as it is
 
 
 def captioned(*overrides: str) -> DataConfig:

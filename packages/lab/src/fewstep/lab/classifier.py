@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from fewstep.distill import Batch
 from fewstep.lab.checkpoint import write_tensors, write_text
 from fewstep.lab.config import ConfigError
+from fewstep.lab.data import Split
 from fewstep.schedules import Cond, seeded_noise, seeded_uniform
 
 FORMAT = 1
 # Streams of the seeded draws: augmentation by noise and by shifts must not share their bits.
 NOISE, SHIFT = 0, 1
+BATCH = 500  # images that are judged at once
 
 
 class Classifier(nn.Module):
@@ -92,9 +94,10 @@ def shift(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
-    """The share in [0, 1] of images (N, C, H, W) that it takes for their labels (N,)."""
-    return float((classifier(images)[1].argmax(1) == labels).float().mean())
+def accuracy(classifier: Classifier, split: Split) -> float:
+    """The share in [0, 1] of images that it takes for their labels."""
+    found = [classifier(images.to(split.labels.device))[1].argmax(1) for images in split.batches(BATCH)]
+    return float((torch.cat(found) == split.labels).float().mean())
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

@@ -54,11 +54,28 @@ class FolderConfig:
 
 
 @dataclass
+class FilesConfig:
+    """Files of mnist, cifar10, cifar10_jpeg, image_folder, webdataset and webdataset_with_captions, and their reading.
+
+    path: their folder. flips: half of the visits of training images are mirrored left to right, by the sample's seed.
+    Of the last three, which stay in files: resize: "area", "adm" or "box", see `fewstep.lab.datasets.resizing`;
+    workers: processes of each training process that read ahead, 0 for none; max_unreadable: how many different images
+    a process may meet that cannot be read, before it stops.
+    """
+
+    path: str = MISSING
+    flips: bool = False
+    resize: str = "area"
+    workers: int = _free(4)
+    max_unreadable: int = _free(10)
+
+
+@dataclass
 class DataConfig:
     """Where images come from; `heldout` images are kept from every training stage.
 
     num_classes: what the judge tells apart; of captioned images only the judge sees classes. shapes: of
-    captioned_shapes alone. folder: of image_folder_with_captions alone.
+    captioned_shapes alone. folder: of image_folder_with_captions alone. files: of data sets in files.
     """
 
     name: str = "digits"
@@ -68,6 +85,7 @@ class DataConfig:
     heldout: int = 450
     shapes: ShapesConfig | None = None
     folder: FolderConfig | None = None
+    files: FilesConfig | None = None
 
 
 @dataclass

@@ -1,24 +1,56 @@
-"""Image data sets held whole in memory, and the order in which training meets them."""
+"""Image data sets, in memory or read from files as they are needed, and the order in which training meets them."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.lab.config import ConfigError, DataConfig
-from fewstep.schedules import Cond, sample_seeds
+from fewstep.schedules import Cond, sample_seeds, seeded_uniform
+
+FLIP_STREAM = 5  # of a sample's seed; fewstep.distill draws from 1 to 3, masks from 4
+
+
+class Stored(Protocol):
+    """Images that are not in memory: read from files when they are asked for."""
+
+    ahead: int  # batches that are worth announcing before they are asked for
+
+    def __len__(self) -> int: ...
+
+    def expect(self, indices: Tensor) -> None:
+        """Begin to read the images at `indices` (B,), which `read` will ask for."""
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) uint8 and the indices (B,) that they are of: others where one cannot be read."""
+
+
+def pixels(images: Tensor | Stored, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) float32 in [-1, 1] at `indices` (B,), on their device, and the indices that they are of."""
+    if isinstance(images, Tensor):
+        found = images.index_select(0, indices)
+    else:
+        read, actual = images.read(indices.cpu())
+        found, indices = read.to(indices.device), actual.to(indices.device)
+    return (found.float().div_(127.5).sub_(1) if found.dtype == torch.uint8 else found), indices
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, C, H, W) float32 in [-1, 1]. labels: (N,) int64. captions: N texts, of captioned images."""
+    """images: (N, C, H, W) float32 in [-1, 1], or uint8 in 0, ..., 255, in memory or not. labels: (N,) int64.
 
-    images: Tensor
+    captions: N texts, of captioned images. flips: half of the visits see the image mirrored left to right.
+    """
+
+    images: Tensor | Stored
     labels: Tensor
     captions: tuple[str, ...] | None = None
+    flips: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -26,13 +58,48 @@ class Split:
     def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
         """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,).
 
-        seeds: (B,) int64, what a condition is drawn by where it is another at every visit.
+        seeds: (B,) int64, what mirrors an image, and what a condition is drawn by where it is another at every visit.
         """
-        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+        images, indices = self.visit(indices, seeds)
+        return images, self.labels.index_select(0, indices)
+
+    def visit(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) float32 in [-1, 1] and the indices (B,) that they are of, see `Stored.read`."""
+        images, indices = pixels(self.images, indices)
+        if self.flips:
+            assert seeds is not None  # whoever trains has them
+            mirrored = seeded_uniform(seeds, stream=FLIP_STREAM) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return images, indices
+
+    def expect(self, indices: Tensor) -> None:
+        """Begin to read the images at `indices` (B,) if they are not in memory."""
+        if not isinstance(self.images, Tensor):
+            self.images.expect(indices)
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are worth announcing by `expect`; 0 in memory."""
+        return 0 if isinstance(self.images, Tensor) else self.images.ahead
+
+    def first(self, count: int) -> Split:
+        """The first `count` images, as they are, float32 in memory."""
+        indices = torch.arange(min(count, len(self)), device=self.labels.device)
+        images, indices = pixels(self.images, indices)
+        return Split(images, self.labels[indices])
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images as they are (none mirrored), `size` at a time: (B, C, H, W) float32 in [-1, 1]."""
+        parts = torch.arange(len(self), device=self.labels.device).split(size)
+        for i, part in enumerate(parts):
+            for later in parts[i : i + self.ahead]:
+                self.expect(later)
+            yield pixels(self.images, part)[0]
 
     def to(self, device: torch.device) -> Self:
-        """The same images on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        """The same on another device, images too if they are in memory."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return replace(self, images=images, labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -77,7 +144,9 @@ KNOWN = {
     "digits16": Known(image_size=16, channels=1, num_classes=10, count=1797, load=_digits16),
 }
 
-CAPTIONED = ("captioned_shapes", "image_folder_with_captions")  # by `fewstep.lab.captioned`
+CAPTIONED = ("captioned_shapes", "image_folder_with_captions", "webdataset_with_captions")
+# By `fewstep.lab.datasets.files`; what else is captioned by `fewstep.lab.captioned`.
+FILES = ("mnist", "cifar10", "cifar10_jpeg", "image_folder", "webdataset", "webdataset_with_captions")
 
 
 def load_data(config: DataConfig) -> Data:
@@ -86,27 +155,42 @@ def load_data(config: DataConfig) -> Data:
     Raises:
         ConfigError: unknown name, or a size, channel or class count that is not the data set's.
     """
-    from sklearn.model_selection import train_test_split
-
     check_data(config)
+    if config.name in FILES:
+        from fewstep.lab.datasets.files import load_files  # it makes splits, so it imports this module
+
+        return load_files(config)
     if config.name in CAPTIONED:
-        from fewstep.lab.captioned import load_captioned  # it makes splits, so it imports this module
+        from fewstep.lab.captioned import load_captioned  # likewise
 
         return load_captioned(config)
     images, labels = KNOWN[config.name].load()
-    parts = train_test_split(range(len(labels)), test_size=config.heldout, stratify=labels.numpy(), random_state=0)
-    train, held = (torch.tensor(sorted(part)) for part in parts)
+    train, held = stratified(labels, config.heldout)
     return Data(Split(images[train], labels[train]), Split(images[held], labels[held]))
+
+
+def stratified(labels: Tensor, heldout: int) -> tuple[Tensor, Tensor]:
+    """Indices, ascending, of the images to train on and of `heldout` others, every class in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    parts = train_test_split(range(len(labels)), test_size=heldout, stratify=labels.numpy(), random_state=0)
+    train, held = (torch.tensor(sorted(part)) for part in parts)
+    return train, held
 
 
 def check_data(config: DataConfig) -> None:
     """Refuse, before any compute, a data config that contradicts the data set."""
+    if config.name in FILES:
+        from fewstep.lab.datasets.files import check_files
+
+        return check_files(config)
     if config.name in CAPTIONED:
         from fewstep.lab.captioned import check_captioned
 
         return check_captioned(config)
     if config.name not in KNOWN:
-        raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join([*KNOWN, *CAPTIONED])}")
+        names = dict.fromkeys([*KNOWN, *CAPTIONED, *FILES])
+        raise ConfigError(f"data.name={config.name}: unknown data set; known: {', '.join(names)}")
     known = KNOWN[config.name]
     for key in ("image_size", "channels", "num_classes"):
         if getattr(config, key) != getattr(known, key):
@@ -148,7 +232,7 @@ class Order:
         return torch.cat([order[positions[epochs == epoch] % self.count] for epoch, order in orders.items()])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # a batch may meet the end of an epoch; one of a million images takes 8 MB
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03) % 2**63
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))

@@ -19,8 +19,8 @@ from torch import Tensor
 from fewstep.lab.checks import require
 from fewstep.lab.config import ConfigError, DataConfig, FolderConfig
 from fewstep.lab.data import Data, Split
+from fewstep.lab.datasets.resizing import SUFFIXES, on_white
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 NAMED = 5  # files that a message names before it only counts
 
 
@@ -146,11 +146,9 @@ def _image(path: Path, size: int) -> Tensor:
     """The picture (3, size, size) in [-1, 1]: on white where it is transparent, its middle square, resized smoothly."""
     try:
         with Image.open(path) as opened:
-            picture = opened.convert("RGBA")
+            flat = on_white(opened).convert("RGB")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not an image that can be read ({error})") from error
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    flat = Image.alpha_composite(white, picture).convert("RGB")
     side = min(flat.size)
     left, top = (flat.width - side) // 2, (flat.height - side) // 2
     square = flat.crop((left, top, left + side, top + side))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.distill import Method
 from fewstep.lab.config import Config, StageConfig
-from fewstep.lab.data import Split, load_data
+from fewstep.lab.data import Split, Stored, load_data, pixels
 from fewstep.lab.latents import decode, encode, latent_mask, run_autoencoder, training_split
 from fewstep.lab.text import for_method, networks_of
 from fewstep.models import Autoencoder, TextEncoder
@@ -66,7 +66,7 @@ class MaskedSplit(Split):
     """
 
     inner: Split
-    pictures: Tensor | None = None
+    pictures: Tensor | Stored | None = None
     autoencoder: Autoencoder | None = None
 
     def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
@@ -75,7 +75,7 @@ class MaskedSplit(Split):
         x, cond = self.inner.take(indices, seeds)
         if self.pictures is None or self.autoencoder is None:
             return x, with_mask(cond, x, random_masks(seeds, x.shape[-1]))
-        pictures = self.pictures.index_select(0, indices)
+        pictures, _ = pixels(self.pictures, indices)
         hidden = random_masks(seeds, pictures.shape[-1])
         seen = masked_latents(self.autoencoder, pictures, hidden)
         return x, with_mask(cond, x, latent_mask(hidden.float(), self.autoencoder), seen)
@@ -83,7 +83,7 @@ class MaskedSplit(Split):
     def to(self, device: torch.device) -> MaskedSplit:
         """The same on another device, its autoencoder with it."""
         inner = self.inner.to(device)
-        moved = {name: None if there is None else there.to(device) for name, there in self._source().items()}
+        moved = {name: there.to(device) for name, there in self._source().items() if hasattr(there, "to")}
         return replace(self, images=inner.images, labels=inner.labels, inner=inner, **moved)
 
     def _source(self) -> dict[str, Any]:

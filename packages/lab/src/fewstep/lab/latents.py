@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def decode(autoencoder: Autoencoder | None, latents: Tensor) -> Tensor:
 
 def encode(autoencoder: Autoencoder | None, images: Tensor) -> Tensor:
     """Latents of images (B, C, H, W); the images themselves where there is no autoencoder."""
-    return images if autoencoder is None else torch.cat(list(means(autoencoder, images, len(images))))
+    return images if autoencoder is None else torch.cat(list(means(autoencoder, [images])))
 
 
 def latent_mask(mask: Tensor, autoencoder: Autoencoder) -> Tensor:
@@ -103,24 +103,24 @@ def latent_mask(mask: Tensor, autoencoder: Autoencoder) -> Tensor:
 
 
 @torch.inference_mode()
-def means(autoencoder: Autoencoder, images: Tensor, chunk: int) -> Iterator[Tensor]:
-    """The posterior's means (B, C, H, W) float32 on the CPU, of `chunk` images (N, ...) at a time."""
-    for part in images.split(chunk):
+def means(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The posterior's means (B, C, H, W) float32 on the CPU, of each batch of images."""
+    for part in batches:
         yield autoencoder.encode(part.to(autoencoder.shift.device)).mean.float().cpu()
 
 
-def write_latents(folder: Path, autoencoder: Autoencoder, images: Tensor, chunk: int) -> None:
-    """Keep the latents of these images (N, C, H, W): shards of `chunk`, and last the index that names the autoencoder.
+def write_latents(folder: Path, autoencoder: Autoencoder, split: Split, chunk: int) -> None:
+    """Keep the latents of a split's images: shards of `chunk`, and last the index that names the autoencoder.
 
     What is kept are the posterior's means: the decoder has learned to bear its spread around them.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.perf_counter()
-    for i, latents in enumerate(means(autoencoder, images, chunk)):
+    for i, latents in enumerate(means(autoencoder, split.batches(chunk))):
         write_shard(_shard(folder, i), Shard(latents, time.perf_counter() - began))
         began = time.perf_counter()
-    index = {"format": FORMAT, "autoencoder": autoencoder.digest, "count": len(images), "chunk": chunk}
+    index = {"format": FORMAT, "autoencoder": autoencoder.digest, "count": len(split), "chunk": chunk}
     write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
 
 

@@ -154,8 +154,8 @@ def make(
 
 def compute(method: TargetMethod, split: Split, order: Order, positions: Tensor) -> Tensor:
     """The targets (B, C, H, W) float32, on the CPU, that a training asks for at these positions (B,)."""
-    seeds = order.seeds(positions).to(split.images.device)
-    x, cond = split.take(order.indices(positions).to(split.images.device), seeds)
+    seeds = order.seeds(positions).to(split.labels.device)
+    x, cond = split.take(order.indices(positions).to(split.labels.device), seeds)
     return method.targets(method.draw(x, cond, seeds, 0)).float().cpu()
 
 

@@ -65,8 +65,8 @@ class TextSplit(Split):
         """Images (B, C, H, W) and conditions at `indices` (B,)."""
         assert self.tokens is not None  # `conditioned` makes these
         assert self.mask is not None
+        images, indices = self.visit(indices, seeds)
         tokens, mask = self.tokens.index_select(0, indices), self.mask.index_select(0, indices)
-        images = self.images.index_select(0, indices)
         if self.encoder is None:
             return images, {"tokens": tokens, "text_mask": mask}
         with torch.no_grad():
@@ -110,7 +110,9 @@ def networks_of(method: Method) -> tuple[object, ...]:
 def _with_tokens(split: Split, tokenizing: TextEncoder, embedding: TextEncoder | None) -> TextSplit:
     assert split.captions is not None  # `conditioned` asked
     found = tokenizing.tokenize(split.captions)
-    return TextSplit(split.images, split.labels, split.captions, found["tokens"], found["text_mask"], embedding)
+    return TextSplit(
+        split.images, split.labels, split.captions, split.flips, found["tokens"], found["text_mask"], embedding
+    )
 
 
 def encoder_of(denoiser: object) -> TextEncoder:

@@ -101,6 +101,7 @@ class Trainer:
                 recompute_activations(network)
         self.order = Order(len(split), options.batch_size, seed)
         self.state = fresh_state(method, options, updates, device)
+        self._announced = 0  # updates whose batches the split expects
         self._loss = _Loss(method) if sharded else _parallel(_Loss(method), device)
         # The update at which patience ended, or -1: a tensor, so that looking at it can wait.
         self._broken = torch.full((), -1, dtype=torch.int64, device=device)
@@ -167,10 +168,18 @@ class Trainer:
         """This process's share of the batch of update `n`."""
         rank, world = distributed.rank(), distributed.world_size()
         torch.manual_seed(mix(self.seed, n, rank))  # what dropout draws from
+        self._expect(n, rank, world)
         positions = self._positions(n, rank, world)
         seeds = self.order.seeds(positions).to(self.device)
         x, cond = self.split.take(self.order.indices(positions).to(self.device), seeds)
         return self.method.draw(x, cond, seeds, n)
+
+    def _expect(self, n: int, rank: int, world: int) -> None:
+        """Announce the batches of this and the next updates to a split that reads files."""
+        last = min(n + self.split.ahead, self.updates)
+        for later in range(max(n, self._announced), last):
+            self.split.expect(self.order.indices(self._positions(later, rank, world)))
+        self._announced = max(last, self._announced)
 
     def _positions(self, n: int, rank: int, world: int) -> Tensor:
         """Places in the stream of samples; stored targets are met again from the first once all were."""

@@ -26,6 +26,8 @@ def check_space(config: Config) -> None:
     if config.space is None:
         return
     one_of("space", config.space, (LATENT,))
+    flips = config.data.files is not None and config.data.files.flips
+    require(not flips, "data.files.flips", "true", f"false with space={LATENT}: latents are kept of images as they are")
     found = [name for name, stage in config.stages.items() if isinstance(stage, AutoencoderConfig)]
     if len(found) != 1:
         raise ConfigError(f"space={LATENT}: must have exactly one stage of kind autoencoder, not {len(found)}")

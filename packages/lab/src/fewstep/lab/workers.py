@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
+
+from fewstep.lab.orphans import follow
 
 T = TypeVar("T")
 
@@ -71,13 +70,6 @@ def _finished(left: set[Future[T]], stopping: Callable[[], bool]) -> Iterator[Fu
 
 
 def _begin(parent: int) -> None:
-    """Start of a worker: one thread, deaf to the terminal's Ctrl-C (the parent decides), gone with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Start of a worker: one thread."""
+    follow(parent)
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.lab.data import Data, Split
@@ -37,7 +36,7 @@ class SplitFeatures:
     @classmethod
     def of(cls, judge: str, split: Split) -> SplitFeatures:
         """Features of every image, by the extractor registered as `judge`."""
-        return cls(extract(judge, torch.split(split.images, BATCH)), split.labels)
+        return cls(extract(judge, split.batches(BATCH)), split.labels)
 
     @cached_property
     def moments(self) -> Moments:

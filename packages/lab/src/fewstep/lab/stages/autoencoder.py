@@ -1,6 +1,7 @@
 """The autoencoder of `space: latent`, and the latents of the data set."""
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -41,13 +42,13 @@ def build(config: Config, stage: AutoencoderConfig) -> Autoencoder:
 
 def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
     data, chunk = load_data(ctx.config.data), ctx.stage.chunk
-    autoencoder.normalise(torch.cat(list(means(autoencoder, data.train.images, chunk))).to(ctx.device))
+    autoencoder.normalise(torch.cat(list(means(autoencoder, data.train.batches(chunk)))).to(ctx.device))
     autoencoder.save(ctx.out / "model")
     splits = {"train": data.train, "heldout": data.heldout}
     for name, split in splits.items():
-        write_latents(ctx.out / FOLDER / name, autoencoder, split.images, chunk)
+        write_latents(ctx.out / FOLDER / name, autoencoder, split, chunk)
     trips = {name: _round_trips(autoencoder, split, chunk) for name, split in splits.items()}
-    found: dict[str, Any] = {"rmse": {name: _error(trips[name], split) for name, split in splits.items()}}
+    found: dict[str, Any] = {"rmse": {name: _error(trips[name], split, chunk) for name, split in splits.items()}}
     text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['rmse']['heldout']:.4f} of pixels in [-1, 1]"
     if ctx.config.data.name == "captioned_shapes" and data.heldout.captions is not None:
         found["alignment"] = shares(scores(data.heldout.captions, trips["heldout"]))
@@ -58,10 +59,11 @@ def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
 
 def _round_trips(autoencoder: Autoencoder, split: Split, chunk: int) -> Tensor:
     """What becomes of the images through the means of their latents, in [-1, 1]."""
-    made = [decode(autoencoder, latents) for latents in means(autoencoder, split.images, chunk)]
+    made = [decode(autoencoder, latents) for latents in means(autoencoder, split.batches(chunk))]
     return torch.cat(made).clamp(-1, 1)
 
 
-def _error(made: Tensor, split: Split) -> float:
+def _error(made: Tensor, split: Split, chunk: int) -> float:
     """Root of the mean squared pixel error."""
-    return float((made - split.images).square().mean().sqrt())
+    parts = zip(made.split(chunk), split.batches(chunk), strict=True)
+    return math.sqrt(sum(float((one - other).double().square().sum()) for one, other in parts) / made.numel())

@@ -18,7 +18,7 @@ def run(ctx: StageContext) -> None:
     if distributed.is_main():
         classifier.eval()
         splits = {"train": data.train.to(ctx.device), "heldout": data.heldout.to(ctx.device)}
-        found = {name: accuracy(classifier, split.images, split.labels) for name, split in splits.items()}
+        found = {name: accuracy(classifier, split) for name, split in splits.items()}
         ctx.console.print(f"{stage.name}  accuracy on held-out images {found['heldout']:.2%}", highlight=False)
         save_classifier(classifier, ctx.out / "model")
         write_text(ctx.out / "accuracy.json", json.dumps(found) + "\n")

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.classifier import load_classifier
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import Split, load_data
+from fewstep.lab.data import load_data
 from fewstep.lab.evaluation.circumstances import circumstances, stage_seconds
 from fewstep.lab.evaluation.inversion import DDIM, DISTILLED, Bridge, measure, verdicts
 from fewstep.lab.evaluation.zoo import Model
@@ -25,8 +25,8 @@ from fewstep.lab.validate_teachers import TEACHERS
 
 def run(ctx: StageContext) -> None:
     """Encode, decode, measure, write."""
-    stage, held = ctx.stage, load_data(ctx.config.data).heldout.to(ctx.device)
-    split = Split(held.images[: stage.images], held.labels[: stage.images])
+    stage = ctx.stage
+    split = load_data(ctx.config.data).heldout.first(stage.images).to(ctx.device)
     truth, *bridges = _bridges(ctx)
     rows, shown = [], []
     with knowingly():
