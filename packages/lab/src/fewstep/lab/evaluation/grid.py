@@ -37,9 +37,9 @@ class Cell:
         return [replace(self.draw, noises=PAIRED + i) for i in range(sampling_seeds)]
 
     @property
-    def of_unseen(self) -> Draw:
-        """The same of prompts with combinations that training never met."""
-        return replace(self.draw, prompts=UNSEEN)
+    def of_unseen(self) -> Draw | None:
+        """The same of prompts with combinations that training never met; of students and of the teacher alone."""
+        return None if self.kind in ("truth", "undistilled") else replace(self.draw, prompts=UNSEEN)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Grid:
         """Every set of samples with its size."""
         count = max(self.options.num_samples, self.options.paired_noises)
         found = {draw: count for cell in self.cells() for draw in cell.draws(self.options.sampling_seeds)}
-        unseen = {cell.of_unseen: self.composition for cell in self.cells()} if self.composition else {}
-        return found | unseen
+        unseen = [cell.of_unseen for cell in self.cells()] if self.composition else []
+        return found | {draw: self.composition for draw in unseen if draw is not None}
 
 
 def measure(samples: Samples, grid: Grid, reference: Reference) -> list[Row]:
@@ -106,9 +106,10 @@ def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: d
     options = grid.options
     seeds = [_measured(samples, draw, options.num_samples, reference) for draw in cell.draws(options.sampling_seeds)]
     values = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    unseen = cell.of_unseen if grid.composition else None
     aligned = {} if not grid.checked else {
         "alignment": alignment(samples, cell.draws(options.sampling_seeds), options.num_samples),
-        "unseen": alignment(samples, [cell.of_unseen], grid.composition) if grid.composition else None,
+        "unseen": None if unseen is None else alignment(samples, [unseen], grid.composition),
     }  # fmt: skip
     return {
         **describe(samples, cell.draw),
@@ -140,7 +141,7 @@ def value(row: Row, measure: str) -> float:
     if measure in SHARES:
         return float(row["alignment"][measure]["share"])
     if measure == UNSEEN:
-        return float(row["unseen"]["all"]["share"])
+        return float(row["unseen"]["all"]["share"]) if row["unseen"] else float("nan")
     return float(row["paired_error"] if measure == "paired_error" else row["mean"][measure])
 
 

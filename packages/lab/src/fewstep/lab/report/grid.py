@@ -146,7 +146,7 @@ def _speed(row: Row | None, decoding: float | None) -> str:
 
 
 def _cell(row: Row | None, measure: Measured) -> str:
-    if row is None:
+    if row is None or (measure.key == UNSEEN and row["unseen"] is None):
         return DASH
     if measure.key == "paired_error":
         text = fixed(row["paired_error"], measure.digits)
@@ -181,7 +181,8 @@ def note(results: Results) -> str:
         )
     for row in results["rows"]:
         if row["kind"] == "truth":
-            found = ", ".join(f"{m.name} {_cell(row, m)}" for m in measures(results) if m.key != "paired_error")
+            shown = [m for m in measures(results) if m.key not in ("paired_error", UNSEEN)]
+            found = ", ".join(f"{measure.name} {_cell(row, measure)}" for measure in shown)
             sampler = f"{row['steps']} steps of {SAMPLER_NAMES[row['sampler']]}"
             text += f" The teacher by {sampler}, w = {row['w']:g}: {found}."
     if any(row["same_as"] for row in results["rows"]):
