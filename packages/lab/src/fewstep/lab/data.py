@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, Self
@@ -20,6 +20,7 @@ class Stored(Protocol):
     """Images that are not in memory: read from files when they are asked for."""
 
     ahead: int  # batches that are worth announcing before they are asked for
+    unreadable: Sized  # images met so far that could not be read
 
     def __len__(self) -> int: ...
 
@@ -81,6 +82,11 @@ class Split:
     def ahead(self) -> int:
         """Batches that are worth announcing by `expect`; 0 in memory."""
         return 0 if isinstance(self.images, Tensor) else self.images.ahead
+
+    @property
+    def unreadable(self) -> int:
+        """Different images that could not be read so far, by this process."""
+        return 0 if isinstance(self.images, Tensor) else len(self.images.unreadable)
 
     def first(self, count: int) -> Split:
         """The first `count` images, as they are, float32 in memory."""

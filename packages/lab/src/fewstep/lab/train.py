@@ -253,14 +253,14 @@ class Trainer:
         speed = (self.state.step - step) * self.options.batch_size / max(self._logged[1] - then, 1e-9)
         rate = learning_rate(self.options, self.state.step - 1, self.updates)
         skipped = int(self.state.skips.total)
-        counted = {"skipped": float(skipped)} if skipped else {}
+        counted = {"skipped": skipped, "unreadable": self.split.unreadable}
         if skipped > self._skipped:
             text = f"{self.label}  {skipped} updates skipped so far: loss or gradient not finite"
             self.console.print(text, style="yellow", highlight=False)
         self._skipped = skipped
         if distributed.is_main():
             self.fence()
-        journal.write(self.state.step, {**self.state.meter.means(), "lr": rate, **counted}, speed)
+        journal.write(self.state.step, {**self.state.meter.means(), "lr": rate, **_not_zero(counted)}, speed)
 
     def _save(self) -> None:
         self._check_finite()
@@ -288,6 +288,10 @@ class Trainer:
             if self.state.step < self.updates:
                 text = f"{self.label}  going on after update {found.step} of {self.updates}"
                 self.console.print(text, highlight=False)
+
+
+def _not_zero(counted: dict[str, int]) -> dict[str, float]:
+    return {name: float(count) for name, count in counted.items() if count}
 
 
 def parts_of(options: TrainingConfig, world: int, key: str = "", even: int = 1) -> int:

@@ -109,7 +109,7 @@ def _scan(shards: list[Path]) -> Table:
     lonely: list[str] = []
     for number, path in enumerate(shards):
         for key, parts in _samples(path):
-            images = [suffix for suffix in parts if f".{suffix}".endswith(SUFFIXES)]
+            images = [suffix for suffix in parts if f".{suffix}" in SUFFIXES]
             if not images:
                 lonely.append(f"{path.name}:{key}")
                 continue

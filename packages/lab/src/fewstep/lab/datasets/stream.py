@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.lab.datasets.reader import Found, Numbers, Reader, Workers
 
 NAMED = 5  # unreadable files that an error names
+KILLED = "a process that reads images was killed; perhaps there was too little memory"
 
 
 class ReadingError(RuntimeError):
@@ -48,7 +49,10 @@ class Stream:
             return
         while len(self._expected) > 2 * self.ahead:  # whoever announced them went away
             self._expected.pop(next(iter(self._expected))).cancel()
-        self._expected[key] = self._workers.submit(self._numbers[wanted])
+        try:
+            self._expected[key] = self._workers.submit(self._numbers[wanted])
+        except BrokenProcessPool as error:
+            raise ReadingError(KILLED) from error
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) uint8 and the indices (B,) that they are of; see `Stored.read`.
@@ -72,7 +76,7 @@ class Stream:
         try:
             return self._expected.pop(wanted.tobytes()).result()
         except BrokenProcessPool as error:
-            raise ReadingError("a process that reads images was killed; perhaps there was too little memory") from error
+            raise ReadingError(KILLED) from error
 
     def _other(self, index: int, reason: str) -> int:
         """The next readable sample of the same class; notes those that are not."""
