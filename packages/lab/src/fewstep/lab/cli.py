@@ -10,6 +10,8 @@ from rich.console import Console
 
 from fewstep.lab import editing, export, targets
 from fewstep.lab.cluster.commands import add_commands
+from fewstep.lab.datasets.commands import add_commands as add_data
+from fewstep.lab.measuring.commands import add_commands as add_measuring
 from fewstep.lab.profile.commands import add_commands as add_profile
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; USAGE is every mistake of the user's
@@ -70,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--grid", action="store_true", help="measure a grid of w x steps instead")
     add_commands(commands)
     add_profile(commands)
+    add_data(commands)
+    add_measuring(commands)
     targets_parser = commands.add_parser("targets", help="compute a stage's teacher targets once, to train on them")
     targets.add_arguments(targets_parser)
     targets_parser.set_defaults(command=targets.command)

@@ -25,26 +25,37 @@ if TYPE_CHECKING:
     from fewstep.schedules import Denoiser
 
 MOST_COLUMNS = 20  # of a grid with a column per class
+MODEL = "e.g. runs/digits/halve/steps_4/model"  # what --model is, in a few words
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `fewstep sample`."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="e.g. runs/digits/halve/steps_4/model")
+    parser.add_argument("--model", required=True, metavar="DIR", help=MODEL)
+    add_drawing(parser, num=100)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
+    parser.add_argument("--png", action="store_true", help="also write every image as its own PNG")
+    add_cluster(parser)
+    parser.add_argument("--strict", action="store_true", help="refuse a w or sampler that it was not trained for")
+
+
+def add_drawing(parser: argparse.ArgumentParser, num: int) -> None:
+    """What is drawn from the model, by default `num` images; read by `spec_of`."""
     parser.add_argument("--steps", type=int, help="sampling steps; a student of a few steps takes its own alone")
     weight = "guidance weight; 0 is none (scale is 1 + w); default: 1, or 0 for a student distilled without w"
     parser.add_argument("--w", type=float, help=weight)
-    parser.add_argument("--num", type=int, default=100, help="number of images")
+    parser.add_argument("--num", type=int, default=num, help="number of images")
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
     add_prompts(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for grid.png and samples.safetensors")
     parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")
     parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
     parser.add_argument("--chunk", type=int, default=250, help="images sampled at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--png", action="store_true", help="also write every image as its own PNG")
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Options of work that falls into shards."""
     parser.add_argument("--shards", type=int, default=1, help="jobs that share the work, with cluster=slurm")
     parser.add_argument("overrides", nargs="*", default=[], metavar="cluster=...", help="where to: see docs/slurm.md")
-    parser.add_argument("--strict", action="store_true", help="refuse a w or sampler that it was not trained for")
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

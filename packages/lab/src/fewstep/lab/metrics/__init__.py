@@ -14,9 +14,11 @@ from .fidelity import (
     inception_score,
     kernel_distance,
     precision_recall,
+    refuse_broken,
     register_judge,
     standardised,
 )
+from .inception_score import InceptionScore, StreamedInceptionScore
 from .interval import wilson
 from .moments import Gaussian, Moments, StreamedMoments
 from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
@@ -29,12 +31,14 @@ __all__ = [
     "Features",
     "FewSamplesError",
     "Gaussian",
+    "InceptionScore",
     "Judge",
     "KernelDistance",
     "Moments",
     "PairedError",
     "PrecisionRecall",
     "Statistics",
+    "StreamedInceptionScore",
     "StreamedMoments",
     "Target",
     "class_accuracy",
@@ -47,6 +51,7 @@ __all__ = [
     "load_extractor",
     "paired_error",
     "precision_recall",
+    "refuse_broken",
     "register_judge",
     "squared_errors",
     "standardised",
