@@ -39,6 +39,8 @@ def test_every_image_is_there_once_with_its_class_and_caption(name: str, tmp_pat
     train, held = everything(data)
     assert sorted([*train, *held]) == list(range(30))
     assert sum(number % 2 for number in held) == 3
+    if name == "image_folder":
+        assert index.folder_index(tmp_path / "odd").counts == [15]  # without folders: one class
     whole = torch.cat(list(data.train.batches(7)))
     assert numbers(whole) == train
     exact = torch.tensor(bytearray(data_files.Image.open(_file(train[5])).tobytes()), dtype=torch.uint8)
@@ -187,7 +189,7 @@ def test_configs_that_the_files_contradict(name: str, changes: dict[str, int], m
 @pytest.mark.filterwarnings("ignore:1 samples without an image")
 def test_files_that_cannot_be(tmp_path: Path) -> None:
     """Each named before any training."""
-    for name, message in (("webdataset", r"must hold shards, \*.tar"), ("image_folder", "must hold a folder of")):
+    for name, message in (("webdataset", r"must hold shards, \*.tar"), ("image_folder", r"has no images \(.png")):
         with pytest.raises(ConfigError, match=message):
             check_data(config(name, tmp_path))
     for folder, samples, message in (

@@ -36,6 +36,10 @@ NAMED = 5
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)$")
 
 
+class NoCaptionsError(ConfigError):
+    """Captions were asked of shards that have none."""
+
+
 @dataclass(frozen=True)
 class Index:
     """Samples of a data set: where they lie, labels (N,) int64, class names if classes have any, captions if asked."""
@@ -53,14 +57,12 @@ class Index:
 
 @lru_cache(maxsize=2)
 def folder_index(root: Path) -> Index:
-    """One folder per class, in alphabetical order; images anywhere below it.
+    """One folder per class, in alphabetical order, images anywhere below it; without folders all are of one class.
 
     Raises:
-        ConfigError: no folders, or one without images.
+        ConfigError: no images, or a folder without.
     """
-    names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."))
-    if not names:
-        raise ConfigError(f"data.files.path={root}: must hold a folder of images for every class")
+    names = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")) or (".",)
     found = [_images(root, name) for name in names]
     empty = [name for name, paths in zip(names, found, strict=True) if not paths]
     if empty:
@@ -182,7 +184,7 @@ def _all_or_none(found: list[int | None] | list[bytes | None], rows: list[tuple[
 
 def _texts(root: Path, table: Table) -> tuple[str, ...]:
     if "text" not in table:
-        raise ConfigError(f"data.files.path={root}: its samples have no captions, .{TEXT}; use data.name=webdataset")
+        raise NoCaptionsError(f"data.files.path={root}: its samples have no captions, .{TEXT}; use data=webdataset")
     ends, whole = table["ends"].tolist(), table["text"].tobytes()
     return tuple(whole[i:j].decode("utf-8", "replace").strip() for i, j in zip([0, *ends], ends, strict=False))
 

@@ -49,17 +49,19 @@ def load(folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[:, None], labels.long()), (test_images[:, None], test_labels.long())
 
 
-def read_idx(path: Path) -> Tensor:
+def read_idx(path: Path, name: str = "") -> Tensor:
     """An array of unsigned bytes as idx has it: 0, 0, type, rank, the sizes as big-endian int32, the bytes.
+
+    name: of the file, where it is called otherwise.
 
     Raises:
         ConfigError: names a file that is damaged or another than MNIST's.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = _unpacked(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be unpacked ({error})") from error
-    digest, right = hashlib.sha256(content).hexdigest(), SHA256[path.name.removesuffix(".gz")]
+    digest, right = hashlib.sha256(content).hexdigest(), SHA256[name or path.name.removesuffix(".gz")]
     if digest != right:
         raise ConfigError(
             f"{path}: SHA-256 of its content is {digest[:12]}, must be {right[:12]}: damaged, or not MNIST"
@@ -70,3 +72,7 @@ def read_idx(path: Path) -> Tensor:
     if content[2] != BYTES or math.prod(sizes) != len(values):
         raise ConfigError(f"{path}: not an idx file of {sizes} bytes")
     return torch.tensor(values.reshape(sizes))
+
+
+def _unpacked(content: bytes) -> bytes:
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content

@@ -47,6 +47,11 @@ class Places:
     def __len__(self) -> int:
         return len(self.file)
 
+    def part(self, numbers: Numbers) -> Places:
+        """The samples of these numbers (B,) alone."""
+        files, file = np.unique(self.file[numbers], return_inverse=True)
+        return Places(self.root, self.files[files], file, self.start[numbers], self.size[numbers])
+
 
 @dataclass
 class Reader:
