@@ -66,3 +66,14 @@ def test_fid() -> None:
     assert code == (total > 60 or float(memory) > 2)
     (found,) = re.findall(rf"FID {NUMBER}$", out, re.M)
     assert 0 < float(found) < 1      # of 3,000 samples of the Gaussian whose own moments they are held against
+
+
+def test_data_loader() -> None:
+    small = {"workers": 1, "batch": 8, "step": 20, "steps": 5, "early": 5, "batches": 20, "images": 100}
+    out, code = printed("lab/benchmarks/data_loader.py", *(f"--{name}={value}" for name, value in small.items()))
+    assert 1000 < float(re.search(rf"64x64, {NUMBER} bytes each", out)[1]) < 6000
+    assert float(re.search(rf"one process {TIMED} images/s per core", out)[1]) > 0
+    (step,) = re.findall(rf"step of 20 ms from 1 workers {TIMED} ms", out)
+    (growth,) = re.findall(rf"x {NUMBER} after 20 ", out)
+    assert float(step) >= 20
+    assert code == (float(step) > 21 or float(growth) > 1.02)
