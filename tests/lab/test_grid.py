@@ -240,7 +240,7 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
         ("shapes_text", "stages.grid.truth_weights=[9]", "stages.grid.truth_weights=9.0: must be one of 0.0, 2.0"),
         ("digits_transfer", "stages.invert.needs=[classifier,teacher,decoder]", "exactly one stage of kind halve"),
         ("digits_transfer", "stages.invert.steps=[8]", "stages.invert.steps=8: must be one of 4, 2"),
-        ("digits_transfer", "stages.invert.weights=[5]", "stages.invert.weights=5.0: must be in [0, 4]"),
+        ("digits_transfer", "stages.invert.weights=[5]", "stages.invert.weights=5.0: must be in [0, 1]"),
         ("digits_transfer", "stages.invert.images=1000", "stages.invert.images=1000: must be at most 450"),
         ("digits_transfer", "stages.invert.headline=8", "stages.invert.headline=8: must be one of 4, 2"),
     ],
