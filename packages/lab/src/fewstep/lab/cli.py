@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=_run_kind, kind=kind, grid=False)
         if kind == "evaluate":
             command.add_argument("--grid", action="store_true", help="measure a grid of w x steps instead")
+        else:
+            text = "folder of a page that compares runs, given in place of an experiment: fewstep report RUN [RUN ...]"
+            command.add_argument("--out", default="comparison", metavar="DIR", help=text)
+            command.set_defaults(command=_report)
     add_commands(commands)
     add_profile(commands)
     add_data(commands)
@@ -107,6 +111,20 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     config = compose(args.experiment, args.overrides)
     return run_experiment(config, until=args.until, strict=args.strict, console=console)
+
+
+def _report(args: argparse.Namespace, console: Console) -> int:
+    """The page of an experiment or, of folders of runs and measurements, one page that compares them."""
+    runs = [args.experiment, *(word for word in args.overrides if "=" not in word)]
+    if len(runs) == 1 and (Path(args.experiment) / "config.yaml").is_file():
+        return _run_kind(args, console)
+    from fewstep.lab.config import ConfigError
+    from fewstep.lab.report import read_runs, write_runs
+
+    if len(runs) <= len(args.overrides):
+        raise ConfigError(f"{args.overrides[-1]}: must be left out: runs are compared as they are")
+    console.print(str(write_runs(read_runs([Path(run) for run in runs]), Path(args.out))), markup=False)
+    return 0
 
 
 def _run_kind(args: argparse.Namespace, console: Console) -> int:

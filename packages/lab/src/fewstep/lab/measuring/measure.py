@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.lab.checkpoint import write_text
+from fewstep.lab.checkpoint import write_tensors, write_text
 from fewstep.lab.config import ConfigError
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation import FORMAT
@@ -32,6 +32,7 @@ from fewstep.lab.sampling import nfe_of
 from fewstep.lab.stages.results import tidy
 
 KID_SUBSETS = 100
+SHOWN = 20  # samples in the report
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,15 @@ class Measurement:
             )
 
     def write(self, console: Console) -> None:
-        """Write `results.json` from the shards, and print what it holds."""
+        """Write `results.json` from the shards and the first samples for the report; print what it holds."""
         began = time.perf_counter()
         summary = summarise(self.samples, self.splits)
         row = {**self._cost(summary), **self._measured(summary)}
         summary.seconds["collecting"] = time.perf_counter() - began
         results = {"format": FORMAT, "kind": "measure", **self._origin(summary), "rows": [row]}
         path = Path(self.samples.out) / "results.json"
+        first = self.samples.images.read(*self.samples.ranges()[0])[:SHOWN]
+        write_tensors(path.with_name("grids.safetensors"), {"samples": first.clamp(-1, 1)})
         write_text(path, json.dumps(tidy(results), indent=1, allow_nan=False) + "\n")
         for name in ("fid", "is", "kid", "precision", "recall", "clip_score"):
             if row[name] is not None:

@@ -12,9 +12,11 @@ from fewstep.lab.context import Interrupted
 from fewstep.lab.report import comparison, comparison_page, grids, page, summary
 from fewstep.lab.report.figures import FIGURES
 from fewstep.lab.report.model import Material, read_grids, read_results
+from fewstep.lab.report.runs import read_runs
+from fewstep.lab.report.runs_page import write_runs
 from fewstep.lab.report.style import style
 
-__all__ = ["Material", "read_grids", "read_results", "write_comparison", "write_report"]
+__all__ = ["Material", "read_grids", "read_results", "read_runs", "write_comparison", "write_report", "write_runs"]
 
 
 def write_report(material: Material, out: Path, config: str = "", stopping: Callable[[], bool] = lambda: False) -> Path:

@@ -41,10 +41,30 @@ class Table:
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
+    def latex(self) -> str:
+        """The table as LaTeX, with the rules of the package booktabs."""
+        columns = "".join("l" if i < self.text_columns else "r" for i in range(len(self.header)))
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(self.header), r"\midrule"]
+        for index, row in enumerate(self.rows):
+            lines += [r"\midrule"] if index in self.groups and index else []
+            lines.append(_tex_row(row))
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
     def _class(self, row: int, column: int) -> str:
         names = [*(["number"] if column >= self.text_columns else []), self.marks.get((row, column), "")]
         text = " ".join(name for name in names if name)
         return f' class="{text}"' if text else ""
+
+
+TEX = str.maketrans({
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_"}, "±": r"$\pm$", "×": r"$\times$", "−": "$-$", "–": "--",
+    "†": r"$\dagger$", "≤": r"$\le$", "≥": r"$\ge$", "µ": r"$\mu$",
+})  # fmt: skip
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join("$w$" if cell == "w" else cell.translate(TEX) for cell in cells) + r" \\"
 
 
 def _rich(text: str) -> str:

@@ -1,0 +1,152 @@
+"""Runs are compared as they were measured: what cannot be compared stands apart, and every figure in its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab_results import grids, results
+
+from fewstep.lab.checkpoint import write_tensors
+from fewstep.lab.cli import main
+from fewstep.lab.config import ConfigError
+from fewstep.lab.evaluation import FORMAT
+from fewstep.lab.report.runs import families, read_runs
+from fewstep.lab.report.runs_page import best, results_table, same_noise, samples
+from fewstep.lab.report.tables import Table
+
+
+def measurement(**changes: Any) -> dict[str, Any]:
+    """As `fewstep measure` writes it."""
+    row = {"samples": 50_000, "extractor_share": 0.2, "model": "/runs/cifar10/halve/steps_4/model", "sampler": "ddim",
+           "steps": 4, "w": 0.3, "nfe": 4, "images_per_second": 200.0, "fid": 3.21, "is": 9.1, "is_std": 0.1,
+           "few_samples": None}  # fmt: skip
+    found = {
+        "format": FORMAT, "kind": "measure", "features": "inception-v3-compat", "weights": "ab" * 16,
+        "reference": {"path": "/data/cifar10.npz", "count": 50_000, "resolution": 32}, "spec": {"seed": 7},
+        "seconds": {}, "circumstances": results()["circumstances"], "rows": [{**row, **changes}],
+    }  # fmt: skip
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Two runs of one experiment, the second of twice the FID, and a measurement."""
+    for name, factor in (("first", 1.0), ("second", 2.0)):
+        found = copy.deepcopy(results())
+        for section in ("teacher", "rows", "curve"):
+            for row in found[section]:
+                row["fid_heldout"] *= factor
+        folder = tmp_path / name / "evaluate"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(found))
+        write_tensors(folder / "grids.safetensors", grids())
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "results.json").write_text(json.dumps(measurement()))
+    return tmp_path
+
+
+def table(markdown: str, index: int) -> list[dict[str, str]]:
+    """Rows of one of the tables, by their header."""
+    blocks = [block for block in markdown.split("\n\n") if block.startswith("|")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in blocks[index].splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_page_and_tables_hold_what_was_measured(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A figure in another run's row, or of another w, is what a reader cannot notice."""
+    folders = [str(runs / name) for name in ("first", "second", "measured")]
+    assert main(["report", *folders, "--out", str(runs / "page")]) == 0
+    assert capsys.readouterr().out.strip() == str(runs / "page" / "index.html")
+    text = (runs / "page" / "table.md").read_text()
+    (first,) = (row for row in results()["rows"] if row["role"] == "student" and (row["steps"], row["w"]) == (4, 1.0))
+    for run, factor in (("first/evaluate", 1.0), ("second/evaluate", 2.0)):
+        place = {"run": run, "sampler": "halve, DDIM", "steps": "4", "w": "1"}
+        (found,) = (row for row in table(text, 0) if all(row[key] == value for key, value in place.items()))
+        assert found["FID"] == f"{first['fid_heldout'] * factor:,.2f}"
+        assert found["IS"] == f"{first['is']:.2f}"
+        assert found["NFE"] == "4"
+    (found,) = table(text, 2)
+    assert (found["sampler"], found["FID"], found["per image"]) == ("halve/steps_4, DDIM", "3.21", "5.00 ms")
+    (origin,) = table(text, 3)
+    assert (origin["commit"], origin["seeds"]) == ("0123456789", "7 (sampling)")
+    assert "inception-v3-compat (weights ababababab), against 50,000 images of 32 x 32, cifar10.npz" in text
+    html = (runs / "page" / "index.html").read_text()
+    for file in re.findall(r'src="([^"]+)"', html):
+        assert (runs / "page" / file).stat().st_size > 5_000
+    assert {"cost_0.png", "pareto_0.png", "samples0_0.png", "cost_1.png"} == set(re.findall(r'src="([^"]+)"', html))
+
+
+def test_latex_has_a_cell_for_every_cell_and_no_bare_signs(runs: Path) -> None:
+    """A paper that does not compile, or a % that swallows the rest of a row."""
+    group = families(read_runs([runs / "first"]))
+    (measured,) = group.values()
+    text = results_table(measured).latex()
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in lines} == {8}
+    assert len(lines) == len(results_table(measured).rows) + 1
+    odd = Table(("w", "a_b"), [["50 %", "1 ± 2 & 3 #{x}†"]], text_columns=1).latex()
+    assert r"\begin{tabular}{lr}" in odd
+    assert r"$w$ & a\_b \\" in odd
+    assert r"50 \% & 1 $\pm$ 2 \& 3 \#\{x\}$\dagger$ \\" in odd
+
+
+def test_other_features_stand_apart_and_few_samples_are_marked(runs: Path) -> None:
+    """FIDs of two extractors, or of 40 samples, in one table are compared by everyone who sees it."""
+    found = read_runs([runs / "first", runs / "second", runs / "measured"])
+    assert [len(group) for group in families(found).values()] == [2, 1]
+    few = results()
+    few["features"] += ", fewer samples (10) than features (16): FID means nothing"
+    (runs / "first" / "evaluate" / "results.json").write_text(json.dumps(few))
+    marked, other = read_runs([runs / "first", runs / "second"])
+    assert marked.family == other.family
+    assert all(point.few for point in marked.points)
+    assert not any(point.few for point in other.points)
+    shown = results_table([marked, other])
+    assert {row[5][-1] == "†" for row in shown.rows if row[0] == marked.name} == {True}
+    (runs / "measured" / "results.json").write_text(json.dumps(measurement(fid=None, few_samples="fewer; refused")))
+    (refused,) = read_runs([runs / "measured"])
+    assert results_table([refused]).rows[0][5] == "–†"
+
+
+def test_curves_take_the_w_of_the_lowest_fid_by_cost(runs: Path) -> None:
+    """By whatever w came last, a sampler's curve against NFE would be a matter of order."""
+    (one,) = read_runs([runs / "first"])
+    line = one.lines()["halve, DDIM"]
+    chosen = best(line)
+    assert [point.steps for point in chosen] == sorted({point.steps for point in line})
+    for point in chosen:
+        assert point.fid == min(p.fid for p in line if p.steps == point.steps and p.fid is not None)
+
+
+def test_samples_are_side_by_side_of_one_noise_only(runs: Path) -> None:
+    """Two runs of other sampling seeds in one picture would pass for the same noise."""
+    found = read_runs([runs / "first", runs / "second"])
+    assert [len(group) for group in same_noise(found)] == [2]
+    labels = [label.get_text() for label in samples(found).axes[0].get_yticklabels()]
+    assert "first/evaluate: student 4, w = 1" in labels
+    assert "second/evaluate: teacher, w = 1" in labels
+    other = json.loads((runs / "second" / "evaluate" / "results.json").read_text())
+    other["settings"]["seed"] = 9
+    (runs / "second" / "evaluate" / "results.json").write_text(json.dumps(other))
+    assert [len(group) for group in same_noise(read_runs([runs / "first", runs / "second"]))] == [1, 1]
+
+
+def test_folders_without_results_are_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of many folders on a line, the one that is wrong must be told."""
+    (runs / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: holds no results.json with FID: must be an experiment, the folder of a run"):
+        read_runs([runs / "first", runs / "empty"])
+    with pytest.raises(ConfigError, match="is given twice"):
+        read_runs([runs / "first", runs / "first"])
+    (runs / "first" / "evaluate" / "results.json").write_text('{"format": ')
+    with pytest.raises(ConfigError, match=r"results.json: damaged"):
+        read_runs([runs / "first"])
+    assert main(["report", str(runs / "second"), str(runs / "measured"), "threads=1"]) == 2
+    assert "threads=1: must be left out" in capsys.readouterr().err
+    assert torch.isfinite(torch.tensor([p.fid for one in read_runs([runs / "second"]) for p in one.points])).all()
