@@ -31,13 +31,14 @@ class Stored(Protocol):
         """Images (B, C, H, W) uint8 and the indices (B,) that they are of: others where one cannot be read."""
 
 
-def pixels(images: Tensor | Stored, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) float32 in [-1, 1] at `indices` (B,), on their device, and the indices that they are of."""
+def pixels(images: Tensor | Stored, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) float32 in [-1, 1] at `indices` (B,), and the indices that they are of; both on `device`."""
     if isinstance(images, Tensor):
+        indices = indices.to(device)
         found = images.index_select(0, indices)
     else:
         read, actual = images.read(indices.cpu())
-        found, indices = read.to(indices.device), actual.to(indices.device)
+        found, indices = read.to(device), actual.to(device)
     return (found.float().div_(127.5).sub_(1) if found.dtype == torch.uint8 else found), indices
 
 
@@ -57,7 +58,7 @@ class Split:
         return len(self.images)
 
     def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
-        """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,).
+        """Images (B, C, H, W) and labels (B,), or another condition, at `indices` (B,), which may be on the CPU.
 
         seeds: (B,) int64, what mirrors an image, and what a condition is drawn by where it is another at every visit.
         """
@@ -66,7 +67,7 @@ class Split:
 
     def visit(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) float32 in [-1, 1] and the indices (B,) that they are of, see `Stored.read`."""
-        images, indices = pixels(self.images, indices)
+        images, indices = pixels(self.images, indices, self.labels.device)
         if self.flips:
             assert seeds is not None  # whoever trains has them
             mirrored = seeded_uniform(seeds, stream=FLIP_STREAM) < 0.5
@@ -90,17 +91,17 @@ class Split:
 
     def first(self, count: int) -> Split:
         """The first `count` images, as they are, float32 in memory."""
-        indices = torch.arange(min(count, len(self)), device=self.labels.device)
-        images, indices = pixels(self.images, indices)
+        indices = torch.arange(min(count, len(self)))
+        images, indices = pixels(self.images, indices, self.labels.device)
         return Split(images, self.labels[indices])
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images as they are (none mirrored), `size` at a time: (B, C, H, W) float32 in [-1, 1]."""
-        parts = torch.arange(len(self), device=self.labels.device).split(size)
+        parts = torch.arange(len(self)).split(size)
         for i, part in enumerate(parts):
             for later in parts[i : i + self.ahead]:
                 self.expect(later)
-            yield pixels(self.images, part)[0]
+            yield pixels(self.images, part, self.labels.device)[0]
 
     def to(self, device: torch.device) -> Self:
         """The same on another device, images too if they are in memory."""

@@ -75,7 +75,7 @@ class MaskedSplit(Split):
         x, cond = self.inner.take(indices, seeds)
         if self.pictures is None or self.autoencoder is None:
             return x, with_mask(cond, x, random_masks(seeds, x.shape[-1]))
-        pictures, _ = pixels(self.pictures, indices)
+        pictures, _ = pixels(self.pictures, indices, x.device)
         hidden = random_masks(seeds, pictures.shape[-1])
         seen = masked_latents(self.autoencoder, pictures, hidden)
         return x, with_mask(cond, x, latent_mask(hidden.float(), self.autoencoder), seen)

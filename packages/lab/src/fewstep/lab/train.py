@@ -171,7 +171,7 @@ class Trainer:
         self._expect(n, rank, world)
         positions = self._positions(n, rank, world)
         seeds = self.order.seeds(positions).to(self.device)
-        x, cond = self.split.take(self.order.indices(positions).to(self.device), seeds)
+        x, cond = self.split.take(self.order.indices(positions), seeds)
         return self.method.draw(x, cond, seeds, n)
 
     def _expect(self, n: int, rank: int, world: int) -> None:

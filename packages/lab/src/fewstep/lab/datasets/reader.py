@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fewstep.lab.datasets.resizing import Pixels, square
-from fewstep.lab.orphans import follow
+from fewstep.lab.orphans import deaf_children, follow
 
 OPEN = 32  # shards that a process keeps open
 WHOLE = -1  # size of a sample that is a file of its own
@@ -125,12 +125,25 @@ class Workers:
     def submit(self, numbers: Numbers) -> Future[Found]:
         """Read the samples of these numbers (B,) in one of them."""
         if self._pool is None:
-            # Not forked: the parent has threads, and a GPU.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(), self._reader))
-        return self._pool.submit(_read, numbers)
+            self._pool = ProcessPoolExecutor(self.count, _Context(), _begin, (os.getpid(), self._reader))
+        with deaf_children():  # it is when asked that the pool starts them
+            return self._pool.submit(_read, numbers)
 
     _pool: ProcessPoolExecutor | None
+
+
+class _Worker(SpawnProcess):
+    """Deaf to SIGTERM, by which a pool ends those that are left when one of them was killed."""
+
+    def terminate(self) -> None:
+        """End it."""
+        self.kill()
+
+
+class _Context(SpawnContext):
+    """Not forked: the parent has threads, and a GPU."""
+
+    Process = _Worker
 
 
 _mine: Sequence[Reader] = ()  # a worker's
