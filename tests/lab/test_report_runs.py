@@ -140,7 +140,7 @@ def test_samples_are_side_by_side_of_one_noise_only(runs: Path) -> None:
 def test_folders_without_results_are_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of many folders on a line, the one that is wrong must be told."""
     (runs / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty: holds no results.json with FID: must be an experiment, the folder of a run"):
+    with pytest.raises(ConfigError, match=r"empty: holds no results.json with FID: must be an experiment"):
         read_runs([runs / "first", runs / "empty"])
     with pytest.raises(ConfigError, match="is given twice"):
         read_runs([runs / "first", runs / "first"])

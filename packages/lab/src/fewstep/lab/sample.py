@@ -43,7 +43,8 @@ def add_drawing(parser: argparse.ArgumentParser, num: int) -> None:
     parser.add_argument("--steps", type=int, help="sampling steps; a student of a few steps takes its own alone")
     weight = "guidance weight; 0 is none (scale is 1 + w); default: 1, or 0 for a student distilled without w"
     parser.add_argument("--w", type=float, help=weight)
-    parser.add_argument("--num", type=int, default=num, help="number of images")
+    number = "number of images; torchrun takes --num for its own, so there it is --number"
+    parser.add_argument("--num", "--number", type=int, default=num, help=number)
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
     add_prompts(parser)
     parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")

@@ -79,6 +79,7 @@ def stats_command(args: argparse.Namespace, console: Console) -> int:
         shutil.rmtree(parts)
         size = f"{moments.count:,} images of {resolution} x {resolution}, {len(moments.mean):,} features"
         console.print(f"{out}: {extractor.name} of {size}", markup=False, highlight=False)
+    distributed.stop()
     return 0
 
 
@@ -114,6 +115,7 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
         _make(each, console)
     if distributed.is_main():
         measurement.write(console)
+    distributed.stop()
     return 0
 
 
