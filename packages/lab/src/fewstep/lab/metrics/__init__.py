@@ -18,11 +18,11 @@ from .fidelity import (
     register_judge,
     standardised,
 )
-from .inception_score import InceptionScore, StreamedInceptionScore
 from .interval import wilson
 from .moments import Gaussian, Moments, StreamedMoments
 from .paired import PairedError, class_accuracy, guidance_response, paired_error, squared_errors
 from .statistics import Statistics
+from .streamed_score import InceptionScore, StreamedInceptionScore
 from .targets import Target
 
 __all__ = [
