@@ -75,7 +75,7 @@ def test_misspelt_key_is_named_with_the_nearest_known_one(override: str, words: 
         ("data.image_size", 16, "digits has 8"),
         ("data.channels", 3, "digits has 1"),
         ("data.num_classes", 11, "digits has 10"),
-        ("data.name", "mnist", "known: digits"),
+        ("data.name", "stripes", "known: digits"),
         ("schedule", {"type": "Cosine", "log_snr_min": 30.0}, "schedule: log_snr_min"),
         ("threads", 0, "1 or more, or null"),
     ],

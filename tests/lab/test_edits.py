@@ -209,7 +209,7 @@ def test_verdicts() -> None:
         ("headline_strength=0.75", "edits.headline_strength=0.75: must be one of 0.5"),
         ("headline=8", "edits.headline=8: must be one of 4, 2"),
         ("steps=[3]", "edits.steps=3: must be one of 4, 2"),
-        ("w=5", "edits.w=5.0: must be in .0, 4., for which halve is trained"),
+        ("w=5", "edits.w=5.0: must be in .0, 3., for which halve is trained"),
         ("points=5", "edits.points=5.0: must be in"),
         ("margin=-1", "edits.margin=-1.0: must be 0 or more pixels"),
         ("needs=[autoencoder,halve]", "exactly one stage of kind teacher"),

@@ -28,7 +28,7 @@ PARAMETERS = {  # beginnings of signatures that callers use by position or by na
     "samplers.ddim_step": ["x", "z", "t", "s", "schedule"],
     "samplers.encode": ["denoiser", "x", "steps", "cond", "w", "times"],
     "samplers.edit": ["denoiser", "x", "noise", "steps", "strength", "cond", "w", "sampler"],
-    "samplers.inpaint": ["denoiser", "x", "noise", "steps", "strength", "cond", "w", "mask", "sampler"],
+    "samplers.inpaint": ["denoiser", "x", "noise", "steps", "strength", "cond", "w", "mask", "masked_image", "sampler"],
     "samplers.transfer": ["encoder", "decoder", "x", "steps", "cond_from", "cond_to", "w"],
     "schedules.Cosine": ["log_snr_min", "log_snr_max", "shift"],
     "schedules.Discrete": ["alphas_cumprod"],

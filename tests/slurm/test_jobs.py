@@ -146,7 +146,7 @@ def test_what_the_site_refuses_is_said_in_its_own_words_and_leaves_nothing_queue
     said = capsys.readouterr().err
     assert words in said.lower()
     assert said.count("\n") == 1
-    assert live() == []
+    assert [row for row in live() if row.state != "COMPLETING"] == []  # the probe may still be ending
 
 
 def test_a_folder_that_the_nodes_do_not_share_fails_the_probe(cluster: Cluster, tmp_path: Path) -> None:
