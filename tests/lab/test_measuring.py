@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fewstep.lab.cli import main
 from fewstep.lab.config import ConfigError
 from fewstep.lab.data import load_data
 from fewstep.lab.measuring import job
-from fewstep.lab.measuring.images import open_images
+from fewstep.lab.measuring.images import TrainingImages, open_images
 from fewstep.lab.measuring.job import Extraction, spread, summarise
 from fewstep.lab.measuring.measure import Collecting, Extracting, Measurement
 from fewstep.lab.metrics import StreamedInceptionScore, precision_recall
@@ -214,6 +215,13 @@ def test_statistics_of_an_experiments_training_images() -> None:
     train = load_data(digits().data).train
     assert (found.count, found.resolution) == (len(train), 8)
     assert torch.equal(found.read(5, 9), train.take(torch.arange(5, 9))[0])
+
+
+def test_statistics_are_of_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that training mirrors at random has statistics too: no visit, so no seed to mirror by."""
+    train = load_data(digits().data).train
+    monkeypatch.setattr(TrainingImages, "_split", replace(train, flips=True))
+    assert torch.equal(open_images(str(DIGITS), ["preset=debug"]).read(5, 9), train.images[5:9])
 
 
 def test_streamed_inception_score_is_torch_fidelitys() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.lab.compose import compose
 from fewstep.lab.config import ConfigError
-from fewstep.lab.data import Split, load_data
+from fewstep.lab.data import Split, load_data, pixels
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
 from fewstep.lab.image_folder import SUFFIXES
@@ -96,10 +96,10 @@ class ImageFiles:
     def _read(self, name: str) -> Tensor:
         try:
             with Image.open(Path(self.folder) / name) as picture:
-                pixels = np.asarray(picture.convert("RGB")).copy()
+                levels = np.asarray(picture.convert("RGB")).copy()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{Path(self.folder) / name}: not an image that can be read ({error})") from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(127.5).sub_(1)
+        return torch.from_numpy(levels).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,8 @@ class TrainingImages:
         return list((self._split.captions or ())[start:stop])
 
     def read(self, start: int, stop: int) -> Tensor:
-        """By the data set's own order."""
-        images, _ = self._split.take(torch.arange(start, stop))
-        return images
+        """By the data set's own order, none mirrored."""
+        return pixels(self._split.images, torch.arange(start, stop), torch.device("cpu"))[0]
 
 
 @dataclass(frozen=True)
