@@ -14,10 +14,14 @@ Pixels = NDArray[np.uint8]
 SMALLEST = 48  # pixels: smaller images are enlarged by a whole factor to at least this
 
 
+def to_levels(images: Tensor) -> Tensor:
+    """(N, C, H, W) in [-1, 1], clamped to that, as uint8; C is 1 or 3, and 3 in the result."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
 def to_bytes(images: Tensor) -> Pixels:
-    """(N, C, H, W) in [-1, 1] as (N, H, W, C) bytes; C is 1 or 3, and 3 in the result."""
-    levels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    pixels: Pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    """`to_levels` with the colours last: (N, C, H, W) in [-1, 1] as (N, H, W, 3) bytes."""
+    pixels: Pixels = to_levels(images).permute(0, 2, 3, 1).numpy()
     return pixels
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.lab.config import ConfigError
 from fewstep.lab.parts import digest_of
+from fewstep.lab.pictures import to_levels
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class ClipScore:
         """
         if len(images) != len(prompts):
             raise ValueError(f"each image has one prompt, got {len(images)} images and {len(prompts)} prompts")
-        pixels = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).expand(-1, 3, -1, -1).cpu()
-        seen = self.processor(images=list(pixels), return_tensors="pt").to(self.device)
+        seen = self.processor(images=list(to_levels(images).cpu()), return_tensors="pt").to(self.device)
         said = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             found = self.model(**seen, **said)

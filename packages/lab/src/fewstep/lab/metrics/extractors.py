@@ -27,6 +27,7 @@ from torch_fidelity.utils import create_feature_extractor
 from fewstep.lab.classifier import load_classifier
 from fewstep.lab.config import ConfigError
 from fewstep.lab.parts import digest_of
+from fewstep.lab.pictures import to_levels
 
 from .statistics import INCEPTION
 
@@ -62,9 +63,8 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> Seen:
         """What it sees in images (B, C, H, W), C 1 or 3, clamped to [-1, 1]."""
-        found = images.to(self.device).clamp(-1, 1)
-        if self.as_bytes:
-            found = found.add(1).mul(127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        images = images.to(self.device)
+        found = to_levels(images) if self.as_bytes else images.clamp(-1, 1)
         with torch.inference_mode():
             features, *logits = (layer.float().cpu() for layer in self.network(found))
         return Seen(features, logits[0] if logits else None)
