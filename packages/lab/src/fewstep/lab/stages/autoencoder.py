@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fewstep.lab.config import AutoencoderConfig, Config
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Split, load_data
 from fewstep.lab.evaluation.alignment import scores, shares
-from fewstep.lab.latents import FOLDER, decode, means, write_latents
+from fewstep.lab.latents import FOLDER, decode, means, read_latents, write_latents
 from fewstep.lab.stages.fit import fit, seed_everything
 from fewstep.models import Autoencoder
 
@@ -47,7 +48,7 @@ def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
     splits = {"train": data.train, "heldout": data.heldout}
     for name, split in splits.items():
         write_latents(ctx.out / FOLDER / name, autoencoder, split, chunk)
-    trips = {name: _round_trips(autoencoder, split, chunk) for name, split in splits.items()}
+    trips = {name: _round_trips(ctx.out / FOLDER / name, autoencoder, split, chunk) for name, split in splits.items()}
     found: dict[str, Any] = {"rmse": {name: _error(trips[name], split, chunk) for name, split in splits.items()}}
     text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['rmse']['heldout']:.4f} of pixels in [-1, 1]"
     if ctx.config.data.name == "captioned_shapes" and data.heldout.captions is not None:
@@ -57,10 +58,10 @@ def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
     ctx.console.print(text, highlight=False)
 
 
-def _round_trips(autoencoder: Autoencoder, split: Split, chunk: int) -> Tensor:
-    """What becomes of the images through the means of their latents, in [-1, 1]."""
-    made = [decode(autoencoder, latents) for latents in means(autoencoder, split.batches(chunk))]
-    return torch.cat(made).clamp(-1, 1)
+def _round_trips(folder: Path, autoencoder: Autoencoder, split: Split, chunk: int) -> Tensor:
+    """What becomes of the images through the latents of them that are kept in `folder`, in [-1, 1]."""
+    kept = read_latents(folder, split, autoencoder.digest)
+    return torch.cat([decode(autoencoder, latents) for latents in kept.batches(chunk)]).clamp(-1, 1)
 
 
 def _error(made: Tensor, split: Split, chunk: int) -> float:
