@@ -103,7 +103,7 @@ def test_any_number_of_processes_shares_the_stream_from_any_update(tmp_path: Pat
         assert torch.equal(torch.cat(shares), whole)
     assert torch.equal(many.first(5).images, alone.first(5).images)  # what nobody announced
     assert torch.equal(torch.cat(list(many.batches(7))), torch.cat(list(alone.batches(7))))
-    (worker,) = list(many.images._workers._pool._processes)[:1]  # type: ignore[union-attr]
+    (worker,) = list(many.images._workers._pool._processes)[:1]
     os.kill(worker, signal.SIGTERM)  # a cluster asks all of a job's processes to stop; training has yet to save
     assert len(list(many.batches(2))) == 12
     os.kill(worker, signal.SIGKILL)
@@ -116,10 +116,10 @@ def test_training_on_files_is_training_on_the_same_images(tmp_path: Path) -> Non
     """To the last bit, flips included; and what is announced is what is asked for."""
     write_folder(tmp_path)
     stream = replace(load_data(config("image_folder", tmp_path)).train, flips=True)
-    memory = Split(stream.images.read(torch.arange(len(stream)))[0], stream.labels, flips=True)  # type: ignore[union-attr]
-    stream.images.ahead = 3  # type: ignore[union-attr]
+    memory = Split(stream.images.read(torch.arange(len(stream)))[0], stream.labels, flips=True)
+    stream.images.ahead = 3
     announced: list[list[int]] = []
-    stream.images.expect = lambda indices: announced.append(indices.tolist())  # type: ignore[union-attr,method-assign]
+    stream.images.expect = lambda indices: announced.append(indices.tolist())
     weights, drawn = [], []
     for split in (stream, memory):
         torch.manual_seed(0)
