@@ -195,6 +195,9 @@ lap() { local n; n=$(date +%s%N); say "$1: $(((n - T0) / 1000000)) ms"; T0=$n; }
 start() {
   T0=$(date +%s%N)
   [ -d "$R/run" ] && alive "$R/run/slurmctld.pid" && { say "already running in $R"; return 0; }
+  local d; for d in munged slurmctld slurmd $([ "$DB" = 1 ] && echo slurmdbd mariadbd mariadb-install-db); do
+    command -v "$d" >/dev/null || { say "no $d on this machine: slurm_dev_cluster.sh install"; return 1; }
+  done
   rm -rf "$R/state" "$R/spool" "$R/log" "$R/etc"; configure; lap configure
   spawn munged munged -F --key-file="$R/munge/munge.key" --socket="$R/run/munge/munge.socket" --pid-file="$R/run/munged.own.pid" --log-file="$R/munge/munged.log" --seed-file="$R/munge/munged.seed" --force
   wait_for 5 munged timeout 5 munge -S "$R/run/munge/munge.socket" -n; lap munged

@@ -1,7 +1,7 @@
 """Targets and samples as job arrays of 1, 2 and 4 tasks of one thread each: what more tasks bring, what starting costs.
 
     tools/slurm_dev_cluster.sh start && eval "$(tools/slurm_dev_cluster.sh env)"
-    python packages/lab/benchmarks/sharded_work.py [--draws 24] [--num 2000] [--preset full]
+    python packages/lab/benchmarks/sharded_work.py [--draws 96] [--num 12000] [--preset full]
 
 Rates are sums over tasks of what each says in its log of its work alone, for tasks that work at the same time; starting
 is what is left of the time from submission to the last task's end: scheduling, imports, models, files. On a machine of
@@ -29,13 +29,13 @@ RATE = re.compile(r"([\d,]+) (?:targets|images)/s")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=24, help="noises per image")
-    parser.add_argument("--num", type=int, default=2000, help="samples")
+    parser.add_argument("--draws", type=int, default=96, help="noises per image")
+    parser.add_argument("--num", type=int, default=12000, help="samples")
     parser.add_argument("--preset", default="quickstart", help="of experiments/digits: its teacher's size")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("SLURM_DEV_ROOT")))
-    common = [str(EXPERIMENT), f"preset={args.preset}", "stages.teacher.updates=2", f"out={folder / 'run'}"]
+    common = [str(EXPERIMENT), f"preset={args.preset}", "stages.teacher.updates=2", "stages.teacher.warmup=1", f"out={folder / 'run'}"]
     quiet = ["progress=false", "tensorboard=false"]
     assert fewstep(["run", *common, *quiet, "--until", "teacher"]) == 0
     model = str(folder / "run" / "teacher" / "model")
