@@ -114,6 +114,7 @@ def test_captioned_shapes_are_splits_without_what_is_held_out() -> None:
         ("data.shapes.held_out=[red cube]", r"data.shapes.held_out=red cube: must be one of"),
         ("data.shapes.colours=[red,mauve]", r"data.shapes.colours=mauve: must be one of"),
         ("data.shapes.sizes=[small,small]", r"data.shapes.sizes=\['small', 'small'\]: must be different ones"),
+        ("data.shapes.fewest_objects=4", r"data.shapes.fewest_objects=4: must be 1 to 3, most_objects"),
         ("data.shapes.most_objects=4", r"data.shapes.most_objects=4: must be 1 to 3"),
         ("data.num_classes=10", r"data.num_classes=10: must be 12, colours times shapes"),
         ("data.image_size=64", r"data.image_size=64: must be 32"),

@@ -37,6 +37,13 @@ def test_objects_keep_apart_inside_the_picture_and_differ() -> None:
             assert max(across, down) >= GAP - 1e-3
 
 
+def test_scenes_have_the_fewest_objects_asked_for() -> None:
+    """A data set of pairs for the sake of relations, half of which are single objects, would teach half as much."""
+    counts = [len(scene) for scene in sample_scenes(World(sizes=("small",), fewest_objects=2), 0, TRAIN, INDICES)]
+    assert set(counts) == {2, 3}
+    assert 250 < counts.count(2) < 350
+
+
 def test_held_out_combinations_are_met_in_composition_alone() -> None:
     """One red triangle in training, and composition is no longer tested."""
     for part in (TRAIN, HELDOUT):

@@ -28,6 +28,7 @@ class ShapesConfig:
 
     count: images of the training split, as many as one likes. held_out: combinations such as "red triangle" that no
     image of training or held-out split contains; `composition` images each contain one, and test what was never seen.
+    fewest_objects, most_objects: of a scene, 1 to 3; every number of them is as likely, but for want of room.
     """
 
     count: int = 20000
@@ -35,6 +36,7 @@ class ShapesConfig:
     shapes: list[str] = field(default_factory=lambda: ["circle", "square", "triangle"])
     colours: list[str] = field(default_factory=lambda: ["red", "green", "blue", "yellow"])
     sizes: list[str] = field(default_factory=lambda: ["small", "large"])
+    fewest_objects: int = 1
     most_objects: int = 3
     held_out: list[str] = field(default_factory=lambda: ["red triangle", "blue circle"])
     seed: int = 0

@@ -50,7 +50,7 @@ Scene = tuple[Thing, ...]
 class World:
     """What scenes are made of. held_out: (colour, shape) of objects that only the part COMPOSITION contains.
 
-    Objects of one scene differ in colour or shape, so that a caption can tell them apart.
+    fewest_objects: as many as there is room for, if that is less. Objects of one scene differ in colour or shape, so that a caption can tell them apart.
     """
 
     shapes: tuple[str, ...] = SHAPES
@@ -58,6 +58,7 @@ class World:
     sizes: tuple[str, ...] = ("small", "large")
     most_objects: int = 3
     held_out: tuple[tuple[str, str], ...] = ()
+    fewest_objects: int = 1
 
     @cached_property
     def kinds(self) -> tuple[tuple[str, str], ...]:
@@ -80,11 +81,11 @@ def sample_scenes(world: World, seed: int, part: int, indices: Tensor) -> list[S
 
     TRAIN and HELDOUT hold no held-out combination, the first object of every scene of COMPOSITION is one.
     """
-    kinds, most = len(world.kinds), world.most_objects
+    kinds, fewest, most = len(world.kinds), world.fewest_objects, world.most_objects
     u = seeded_uniform(sample_seeds(seed, part, indices), (kinds + 1 + most * (2 + 2 * TRIES),))
     order, rest = u[:, :kinds], u[:, kinds:]
     kind = _ranking(world, part, order)[:, :most]
-    count = 1 + (rest[:, 0] * most).long().clamp(max=most - 1)
+    count = fewest + (rest[:, 0] * (most - fewest + 1)).long().clamp(max=most - fewest)
     size = (rest[:, 1 : 1 + most] * len(world.sizes)).long().clamp(max=len(world.sizes) - 1)
     ends = torch.tensor([RADII[name] for name in world.sizes])[size]
     radius = ends[..., 0] + rest[:, 1 + most : 1 + 2 * most] * (ends[..., 1] - ends[..., 0])
