@@ -35,7 +35,8 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = Path(tempfile.mkdtemp(dir=os.environ.get("SLURM_DEV_ROOT")))
-    common = [str(EXPERIMENT), f"preset={args.preset}", "stages.teacher.updates=2", "stages.teacher.warmup=1", f"out={folder / 'run'}"]
+    short = ["stages.teacher.updates=2", "stages.teacher.warmup=1"]
+    common = [str(EXPERIMENT), f"preset={args.preset}", *short, f"out={folder / 'run'}"]
     quiet = ["progress=false", "tensorboard=false"]
     assert fewstep(["run", *common, *quiet, "--until", "teacher"]) == 0
     model = str(folder / "run" / "teacher" / "model")

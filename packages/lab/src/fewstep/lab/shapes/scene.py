@@ -50,7 +50,8 @@ Scene = tuple[Thing, ...]
 class World:
     """What scenes are made of. held_out: (colour, shape) of objects that only the part COMPOSITION contains.
 
-    fewest_objects: as many as there is room for, if that is less. Objects of one scene differ in colour or shape, so that a caption can tell them apart.
+    fewest_objects: as many as there is room for, if that is less. Objects of one scene differ in colour or shape, so
+    that a caption can tell them apart.
     """
 
     shapes: tuple[str, ...] = SHAPES
