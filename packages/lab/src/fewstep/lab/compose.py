@@ -22,10 +22,11 @@ from fewstep.models import PRESETS
 _OPEN = re.compile(r"[\w.@]*\b(overrides\.|sbatch\.|(updates|weight)_at[.=]|stages\.\w+\.schedule[.=])")
 
 
-def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
+def compose(experiment: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Config:
     """The experiment's config with `overrides` ("key=value", "group=choice") applied, typed and checked.
 
     experiment: a folder with `config.yaml`. Its own groups (`preset/`) and those of `fewstep/lab/conf` are both found.
+    check: False leaves values unchecked and paths ungiven: to look at an experiment whose data are not here.
 
     Raises:
         ConfigError: one line that names the key, its value and what would be right.
@@ -40,7 +41,7 @@ def compose(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             composed = hydra_compose("config", overrides=[search, *map(_open_key, overrides)])
-        return typed(composed)
+        return typed(composed, check=check)
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: not what hydra reads as key=value or group=choice") from error
     except MissingConfigException as error:
@@ -75,7 +76,7 @@ def compose_grid(experiment: str | Path, overrides: Sequence[str] = ()) -> Confi
     return compose(experiment, ["+stage@stages.grid=grid", *taken, *overrides])
 
 
-def typed(composed: DictConfig) -> Config:
+def typed(composed: DictConfig, *, check: bool = True) -> Config:
     """The `Config` of a composed tree: interpolations resolved, stages named by their keys, values checked."""
     config = OmegaConf.to_object(composed)
     if not isinstance(config, Config):
@@ -86,7 +87,8 @@ def typed(composed: DictConfig) -> Config:
         stage.name = name
         if isinstance(stage, PretrainedConfig):
             anchor(stage)
-    validate(config)
+    if check:
+        validate(config)
     return config
 
 

@@ -1,0 +1,83 @@
+"""Experiments of the papers' size: debug forms walk every stage, papers' forms are valid, pages say what can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from lab_configs import EXPERIMENTS
+
+from fewstep.lab.cli import _arguments, _parser, main
+from fewstep.lab.compose import compose
+from fewstep.lab.config import Config
+from fewstep.lab.sampling import SAMPLERS, own_sampler
+from fewstep.lab.validate import stage_order
+from fewstep.models import load
+from fewstep.schedules import seeded_noise
+
+LARGE = ["imagenet64", "imagenet64_moments"]
+PAGES = {name: (EXPERIMENTS / name / "README.md").read_text() for name in LARGE}
+COMMANDS = [
+    pytest.param(name, line, id=f"{name}-{i}")
+    for name, page in PAGES.items()
+    for i, line in enumerate(re.findall(r"^(fewstep .*)$", page, re.MULTILINE))
+]
+KINDS = {"teacher": "teacher", "pretrained": "teacher", "convert": "teacher", "guide": "guided", "moments": "moments"}
+
+
+def stages(config: Config) -> dict[str, tuple[str, list[str]]]:
+    """Kind and needs of each."""
+    return {name: (stage.kind, stage.needs) for name, stage in config.stages.items()}
+
+
+def made_by(config: Config, out: Path) -> dict[Path, tuple[str, int | None]]:
+    """Model folders that a run leaves, with the kind and steps that are to be written in them."""
+    found: dict[Path, tuple[str, int | None]] = {}
+    for name, stage in config.stages.items():
+        kind = KINDS.get(stage.kind) or getattr(stage, "students", None)
+        for steps in getattr(stage, "steps", [None]) if kind else ():
+            found[out / name / (f"steps_{steps}" if steps else "") / "model"] = (kind, steps)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_debug_form_walks_every_stage(name: str, tmp_path: Path) -> None:
+    """The same graph of stages as the paper's form, to students that sample as they were trained to."""
+    debug = compose(EXPERIMENTS / name, ["preset=debug"])
+    paper = compose(EXPERIMENTS / name, ["data.files.path=nowhere"], check=False)
+    assert stages(debug) == stages(paper)
+    assert main(["run", str(EXPERIMENTS / name), "preset=debug", f"out={tmp_path}"]) == 0
+    for stage in stage_order(debug):
+        assert (tmp_path / stage / "DONE").is_file()
+    for folder, (kind, steps) in made_by(debug, tmp_path).items():
+        model = load(folder)
+        assert model.trained is not None
+        assert (model.trained.kind, model.trained.steps) == (kind, steps)
+        assert model.prediction == paper.prediction
+        if steps:
+            seeds, w = torch.arange(2), 1.0 if model.takes_guidance else None
+            noise = seeded_noise(seeds, model.network.input_shape)
+            x = SAMPLERS[own_sampler(model.trained)](model, noise, steps, seeds, w, seeds=seeds)
+            assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_papers_form_is_valid_on_any_data(name: str) -> None:
+    """Chains of halvings, warm-ups, weights, needs: a mistake there would be met after the data were copied."""
+    compose(EXPERIMENTS / name, ["data=digits", "+data.files=null"])
+
+
+@pytest.mark.parametrize(("name", "line"), COMMANDS)
+def test_commands_of_the_pages_can_be_typed(name: str, line: str) -> None:
+    """Options and keys that were renamed would cost their reader a job in the queue."""
+    words = shlex.split(line)[1:]
+    args = _arguments(_parser(), words)
+    if words[0] in ("run", "submit", "stats"):
+        config = compose(EXPERIMENTS.parent / words[1], [word for word in args.overrides if "=" in word], check=False)
+        assert config.name.startswith(name)
+    if words[0] == "measure":
+        assert re.fullmatch(rf"runs/{name}/\w+(/steps_\d+)?/model", args.model)
+        paper = compose(EXPERIMENTS / name, ["data.files.path=nowhere"], check=False)
+        assert Path(args.model) in {Path("runs") / name / model for model in made_by(paper, Path())}
