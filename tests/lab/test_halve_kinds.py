@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 from lab_configs import DIGITS
+from rich.console import Console
 
+from fewstep.distill import EncoderDistillation, encoder_target
 from fewstep.lab.cli import main
-from fewstep.lab.config import DataConfig
+from fewstep.lab.compose import compose
+from fewstep.lab.config import ConfigError, DataConfig
 from fewstep.lab.data import load_data
+from fewstep.lab.targets import training_of
 from fewstep.models import load
 from fewstep.samplers import ddim, encode
+from fewstep.schedules import Trained
 
 pytestmark = pytest.mark.slow  # whole runs
 SHORT = [
@@ -83,3 +89,43 @@ def test_encoders_are_trained_saved_and_measured(tmp_path_factory: pytest.TempPa
     assert (out / "invert" / "transfer.png").is_file()
     losses = [json.loads(line)["loss"] for line in (out / "encoder/steps_4/metrics.jsonl").read_text().splitlines()]
     assert all(0 < loss < 10 for loss in losses)
+
+
+def test_a_teacher_beside_the_guide_gives_the_first_halving_its_targets(tmp_path: Path) -> None:
+    """Under classifier-free guidance, not stage one; the students after the first follow the one before."""
+    experiment = str(DIGITS.parent / "digits_transfer")
+    chain = ["stages.encoder.needs=[guide,teacher]", "stages.encoder.steps=[8,4]", "~stages.invert"]
+    more = [*SHORT, *chain, f"out={tmp_path}"]
+    assert main(["run", experiment, *more, "--until", "guide"]) == 0
+    config = compose(experiment, more)
+    method, _ = training_of(config, "encoder", Console(quiet=True))
+    held = load_data(config.data).heldout
+    z, y, t, w = held.images[:6], held.labels[:6], torch.arange(1, 7) / 8, torch.linspace(0, 1, 6)
+    teacher = load(tmp_path / "teacher/model")
+    assert teacher.null_cond is not None
+    null = teacher.null_cond.expand(6)
+
+    class ByHand:
+        schedule = teacher.schedule
+
+        def __call__(self, z: torch.Tensor, t: torch.Tensor, cond: object = None, w: object = None) -> torch.Tensor:
+            scale = torch.linspace(0, 1, 6).view(-1, 1, 1, 1)
+            return (1 + scale) * teacher(z, t, y) - scale * teacher(z, t, null)
+
+    batch = method.draw(z, y, torch.arange(6), 0)
+    batch = dataclasses.replace(batch, z=z, t=t, w=w, cond=y)
+    torch.testing.assert_close(method.targets(batch), encoder_target(ByHand(), z, t, 8, y, w), atol=1e-4, rtol=1e-4)
+    assert main(["run", experiment, *more, "stages.encoder.updates=2", "--until", "encoder"]) == 0
+    longer = compose(experiment, [*more, "stages.encoder.steps=[8,4,2]"])
+    method, _ = training_of(longer, "encoder", Console(quiet=True))
+    assert isinstance(method, EncoderDistillation)
+    assert method.teacher.trained == Trained("encoder", 4, (0.0, 1.0))
+
+
+def test_two_teachers_beside_the_guide_are_refused() -> None:
+    """Which of them is guided could only be guessed."""
+    with pytest.raises(ConfigError, match=r"stages.encoder.needs=.*exactly one stage of kind teacher or pretrained"):
+        compose(
+            str(DIGITS.parent / "digits_transfer"),
+            ["+stage@stages.other=teacher", "stages.encoder.needs=[guide,teacher,other]"],
+        )

@@ -291,11 +291,12 @@ class GuideConfig(TrainingConfig):
 class HalveConfig(TrainingConfig):
     """Stage two (papers C and A, algorithm 2): students of `steps`, each half of the one before.
 
-    The first one's teacher is the stage-one model taking 2 steps[0] half-steps. Fresh optimiser, learning rate
-    annealed to 0, no average of weights and no dropout in every halving. students: "deterministic" (for ddim),
-    "stochastic" (algorithm 3; for samplers.stochastic) or "encoder" (algorithm 4; for samplers.encode), each a chain of
-    its own. updates_at: updates of the student of that many steps where they differ from `updates`. w_range: None takes
-    the teacher's.
+    The first one's teacher is the stage-one model taking 2 steps[0] half-steps; where a teacher stands beside it in
+    `needs`, that one under classifier-free guidance: two evaluations a half-step, without stage one's error. Fresh
+    optimiser, learning rate annealed to 0, no average of weights and no dropout in every halving. students:
+    "deterministic" (for ddim), "stochastic" (algorithm 3; for samplers.stochastic) or "encoder" (algorithm 4; for
+    samplers.encode), each a chain of its own. updates_at: updates of the student of that many steps where they differ
+    from `updates`. w_range: None takes the teacher's.
     """
 
     kind: str = "halve"

@@ -184,6 +184,8 @@ def _check_guide(key: str, stage: GuideConfig, config: Config) -> None:
 
 def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
     guide = needs_one(key, stage, config, "guide")
+    if any(config.stages[need].kind in TEACHERS for need in stage.needs):
+        needs_one(key, stage, config, *TEACHERS)
     check_student(key, stage, config)
     one_of(f"{key}.students", stage.students, ("deterministic", "stochastic", "encoder"))
     require(bool(stage.steps) and stage.steps[-1] >= 1, f"{key}.steps", stage.steps, "at least one, each 1 or more")

@@ -19,8 +19,9 @@ from fewstep.lab.context import StageContext
 from fewstep.lab.inpainting import split_for
 from fewstep.lab.networks import build_denoiser, config_of, guided_student, own_network, with_dropout
 from fewstep.lab.stages.fit import compile_networks, finish, fit, load_model, seed_everything
-from fewstep.models import NetworkDenoiser
-from fewstep.schedules import Trained, sample_seeds
+from fewstep.lab.validate_teachers import TEACHERS
+from fewstep.models import GuidedDenoiser, NetworkDenoiser
+from fewstep.schedules import Denoiser, Trained, sample_seeds
 
 ROUNDING = 1e-8  # mean squared difference of x from one network by two ways
 
@@ -28,33 +29,37 @@ ROUNDING = 1e-8  # mean squared difference of x from one network by two ways
 def run(ctx: StageContext) -> None:
     """Distil students of `stage.steps` steps; writes `steps_<N>/model/` for each."""
     (folder,) = ctx.inputs_of_kind("guide").values()
+    (undistilled,) = ctx.inputs_of_kind(*TEACHERS).values() or (None,)
     for steps in ctx.stage.steps:
         out = ctx.out / f"steps_{steps}"
         if not record.is_done(out):
-            _halve(ctx, load_model(ctx, folder), steps, out)
+            first = steps == ctx.stage.steps[0]
+            _halve(ctx, load_model(ctx, folder), undistilled if first else None, steps, out)
         folder = out
 
 
-def _halve(ctx: StageContext, teacher: NetworkDenoiser, steps: int, out: Path) -> None:
-    """Train the student of `steps` steps against `teacher` taking twice as many."""
+def _halve(ctx: StageContext, start: NetworkDenoiser, undistilled: Path | None, steps: int, out: Path) -> None:
+    """Train the student of `steps` steps, from `start`, against it taking twice as many, or the guided teacher."""
     stage, began, seed = ctx.stage, time.monotonic(), seed_everything(ctx, steps)
-    low, high = stage.w_range or _range_of(teacher)
-    student = _student(ctx, teacher, first=steps == stage.steps[0])
+    low, high = stage.w_range or _range_of(start)
+    student = _student(ctx, start, first=steps == stage.steps[0])
     student.trained = Trained(stage.students, steps, (low, high))
+    network = start if undistilled is None else load_model(ctx, undistilled)
+    teacher = network if undistilled is None else GuidedDenoiser(network, network.null_cond).to(ctx.device)
     method = _method(stage, teacher, student, steps, (low, high))
     if stage.students == "stochastic" and steps == 1 and teacher.trained and teacher.trained.steps == 2:
         _assert_nothing_to_learn(ctx, method, seed)
         text = f"{stage.name} 1  not trained: it is the student of 2 steps, whose jump from t = 1 reaches 0 already"
         ctx.console.print(text, highlight=False)
     else:
-        compile_networks(ctx, teacher, student)
+        compile_networks(ctx, network, student)
         updates = stage.updates_at.get(steps, stage.updates)
         fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
     finish(ctx, student, out, began)
 
 
 def _method(
-    stage: HalveConfig, teacher: NetworkDenoiser, student: NetworkDenoiser, steps: int, w_range: tuple[float, float]
+    stage: HalveConfig, teacher: Denoiser, student: NetworkDenoiser, steps: int, w_range: tuple[float, float]
 ) -> Halving:
     """What trains students of the kind that the stage asks for."""
     if stage.students == "encoder":
