@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from lab_configs import altered, digits
+import torch
+from lab_configs import DIGITS, altered, digits
 from rich.console import Console
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch re-exports it without saying so
 
 from fewstep.lab import record
-from fewstep.lab.cluster import ledger, monitor, slurm
+from fewstep.lab.cli import main
+from fewstep.lab.cluster import job, ledger, monitor, slurm
 from fewstep.lab.cluster.attempt import Attempt, Superseded
+from fewstep.lab.cluster.choice import chosen
 from fewstep.lab.cluster.ledger import Job, Submission
 from fewstep.lab.cluster.rendezvous import meet
 from fewstep.lab.cluster.slurm import Row
 from fewstep.lab.cluster.submit import parameters, patient
 from fewstep.lab.cluster.table import table
 from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.progress import teller
+from fewstep.lab.runner import locked
 
 KEY = "abcd1234"
 
 
-def row(state: str, name: str = f"fewstep:run:teacher:{KEY}", job: str = "7") -> Row:
-    return Row(job, state, "n1", "None", name)
+def row(state: str, name: str = f"fewstep:run:teacher:{KEY}", identity: str = "7") -> Row:
+    return Row(identity, state, "n1", "None", name)
 
 
 # What squeue said on the dev cluster while jobs were lost, preempted, cancelled and forgotten; and what it meant.
@@ -107,6 +114,76 @@ def test_status_reads_progress_and_errors_from_files(tmp_path: Path, monkeypatch
     assert "15 s" in text
 
 
+def test_what_squeue_has_forgotten_is_known_from_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, debug_config: Config
+) -> None:
+    # Broken: five minutes after its end (MinJobAge) a probe that succeeded is "lost", a job that failed too.
+    submission = submitted(tmp_path, debug_config, "probe", "teacher", "guide")
+    waiting = row("PENDING", f"fewstep:run:teacher:{KEY}", "8")
+    for rows, log, states in (
+        ([waiting], None, ("done", "pending")),
+        ([], "8_0_log.out", ("done", "lost")),
+        ([], "8_0.error", ("done", "failed")),
+    ):
+        monkeypatch.setattr(slurm, "queue", lambda rows=rows: rows)
+        if log is not None:
+            (submission.logs / log).write_text("TrainingError: not finite\n")
+        parts = {part.stage: part for part in monitor.look(tmp_path)}
+        assert (parts["probe"].state, parts["teacher"].state) == states
+    assert (parts["guide"].state, parts["guide"].error) == ("cancelled", "teacher: failed")
+    assert parts["teacher"].error == "TrainingError: not finite"
+
+
+def test_a_row_for_each_shard_says_how_far_it_is_and_which_of_them_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken: nobody sees how long an array will take, or why what puts its pieces together never ran.
+    submission = ledger.new(tmp_path, "slurm")
+    submission.jobs = [Job("sample", "7", "a", shards=3), Job("collect", "8", "b", shards=1)]
+    submission.save()
+    for done, at in ((100, 1000.0), (200, 1004.0)):
+        with (submission.logs / "sample.1.jsonl").open("a") as file:
+            file.write(json.dumps({"step": done, "total": 500, "time": at}) + "\n")
+    (submission.logs / "sample.0.done").touch()
+    (submission.logs / "7_2_0.error").write_text("OSError: No space left on device\n")
+    rows = [row("RUNNING", "a", "7_1"), row("FAILED", "a", "7_2"), row("CANCELLED", "b", "8")]
+    monkeypatch.setattr(slurm, "queue", lambda: rows)
+    first, second, third, collect = monitor.look(tmp_path)
+    assert (first.state, third.state, third.error) == ("done", "failed", "OSError: No space left on device")
+    assert second.progress == monitor.Progress(200, 500, 12.0)  # 25 a second
+    assert (collect.state, collect.error) == ("cancelled", "sample 2: failed")
+
+
+def test_what_a_teller_writes_is_what_status_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission = ledger.new(tmp_path, "slurm")
+    submission.jobs = [Job("sample", "7", "a", shards=1)]
+    submission.save()
+    tell = teller(submission.logs / "sample.0.jsonl")
+    tell(0, 30)
+    tell(10, 30)
+    monkeypatch.setattr(slurm, "queue", lambda: [row("RUNNING", "a", "7")])
+    (part,) = monitor.look(tmp_path)
+    assert (part.progress.done, part.progress.total) == (10, 30)
+
+
+def test_near_its_limit_a_job_requeues_itself_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Broken: a step or chunk longer than the warning ends the job for good at its time limit.
+    asked: list[Submission] = []
+    monkeypatch.setattr(job, "requeue_once", asked.append)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1.2))
+    submission = ledger.new(tmp_path, "slurm")
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        with job.requeued_in_time(submission, minutes=60, signal_seconds=2):
+            time.sleep(0.4)
+        assert len(asked) == times
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1.2))
+    with job.requeued_in_time(submission, minutes=60, signal_seconds=2):
+        pass
+    time.sleep(0.4)
+    assert len(asked) == 1  # nothing to requeue any more
+
+
 def test_an_older_attempt_neither_claims_nor_writes(tmp_path: Path) -> None:
     # Broken: the copy of a job that a frozen node still runs writes beside the requeued one.
     first, second, resumed = Attempt(1, 0, "99"), Attempt(1, 1, "99"), Attempt(2, 0, "98")
@@ -139,6 +216,89 @@ def test_submitit_is_told_what_a_requeueing_job_needs(tmp_path: Path) -> None:
     assert (train["mem"], train["partition"], train["signal_delay_s"]) == ("1536MB", "gpu", 120)
     other = parameters(submission, cluster, "evaluate", [], training=False)
     assert (other["nodes"], other["ntasks_per_node"], other["gpus_per_node"], other["cpus_per_task"]) == (1, 1, 1, 64)
+
+
+def submit(out: Path, *overrides: str) -> int:
+    return main(["submit", str(DIGITS), "preset=debug", f"out={out}", *overrides])
+
+
+def test_no_slurm_or_gpus_on_this_machine_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(tmp_path, "cluster=slurm") == 2
+    assert capsys.readouterr().err == (
+        "fewstep: cluster=slurm: no SLURM on this machine (sbatch is not in PATH); use cluster=local\n"
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert submit(tmp_path, "cluster=local", "cluster.gpus_per_node=2", "cluster.cpus_per_node=2") == 2
+    assert capsys.readouterr().err == "fewstep: cluster.gpus_per_node=2: this machine has 1 CUDA devices\n"
+    assert not (tmp_path / ".cluster").exists()
+
+
+def test_a_run_and_a_submission_of_it_keep_out_of_each_others_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], debug_config: Config
+) -> None:
+    # Broken: two trainings write into one folder, since jobs take no lock and `fewstep run` claims nothing.
+    with ledger.locked(tmp_path):
+        submitted(tmp_path, debug_config, "teacher")
+    run = ["run", str(DIGITS), "preset=debug", f"out={tmp_path}"]
+    monkeypatch.setattr(slurm, "queue", lambda: [row("RUNNING")])
+    assert main(run) == 2
+    assert "submission 1 is at work there" in capsys.readouterr().err
+    monkeypatch.setattr(slurm, "queue", list)
+    with locked(tmp_path):
+        assert submit(tmp_path, "cluster=local") == 2
+    assert "another run is at work there" in capsys.readouterr().err
+
+
+def test_a_cluster_in_a_file_of_ones_own(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("kind: slurm\npartition: gpu\ntime: 240\n")
+    found = chosen([f"cluster={site}", "cluster.time=30"])
+    assert (found.kind, found.partition, found.time) == ("slurm", "gpu", 30)
+    site.write_text("kind: slurm\npartitoin: gpu\n")
+    with pytest.raises(ConfigError, match="partitoin"):
+        chosen([f"cluster={site}"])
+
+
+def test_a_job_goes_to_where_it_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Broken: relative paths (data, targets, references) lead nowhere on a node, or elsewhere after a `resume`.
+    monkeypatch.chdir(tmp_path)
+    submission = ledger.new(tmp_path / "run", "slurm")
+    submission.save()
+    monkeypatch.chdir("/")
+    job._go_to(submission)
+    assert Path.cwd() == tmp_path
+    assert resumed_from(submission, tmp_path / "elsewhere", monkeypatch) == tmp_path
+
+
+def resumed_from(submission: Submission, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `fewstep resume` of a command goes on when it is given in `place`."""
+    place.mkdir()
+    submission.command = ["sample", "--nothing"]
+    submission.save()
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit):  # that command's own words against --nothing
+        main(["resume", str(submission.folder.parents[1])])
+    return Path.cwd()
+
+
+@pytest.mark.parametrize("made", ["stage", "shard", "neither"])
+def test_what_is_done_is_done_however_its_processes_ended(tmp_path: Path, made: str) -> None:
+    # Broken: torch aborts after the last word of a job, and all that hangs on it is cancelled.
+    cluster = digits("cluster=slurm", "cluster.retries=0").cluster
+    submission = ledger.new(tmp_path / "my runs", "slurm")
+    lines = parameters(submission, cluster, "teacher", [], training=True)["teardown"]
+    if made == "stage":
+        (tmp_path / "my runs" / "teacher").mkdir()
+        (tmp_path / "my runs" / "teacher" / "DONE").touch()
+    if made == "shard":
+        (submission.logs / "teacher.3.done").touch()
+    ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    script = "\n".join(["(exit 134)", *lines])
+    done = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"], **ids})
+    assert done.returncode == (134 if made == "neither" else 0)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from fewstep.lab.measuring.images import TrainingImages, open_images
 from fewstep.lab.measuring.job import Extraction, spread, summarise
 from fewstep.lab.measuring.measure import Collecting, Extracting, Measurement
 from fewstep.lab.metrics import StreamedInceptionScore, precision_recall
+from fewstep.lab.progress import unheard
 from fewstep.lab.shards import FeatureCache
 from fewstep.models import NetworkDenoiser, UNet, save
 from fewstep.schedules import Cosine
@@ -99,10 +100,10 @@ def test_fid_against_files_is_scipys_whatever_the_processes_and_the_reference(pl
     measurement = Measurement(work, str(place / "ref.npz"))
     console = Console(file=io.StringIO())
     with pytest.raises(ConfigError, match="missing or damaged; run the same command again"):
-        Collecting(measurement)(place, 0, 1, lambda: False, console)
+        Collecting(measurement)(place, 0, 1, lambda: False, console, unheard)
     for shard in (2, 0, 1):
-        assert Extracting(measurement)(place, shard, 3, lambda: False, console)
-    Collecting(measurement)(place, 0, 1, lambda: False, console)
+        assert Extracting(measurement)(place, shard, 3, lambda: False, console, unheard)
+    Collecting(measurement)(place, 0, 1, lambda: False, console, unheard)
     (of_three,) = json.loads((place / "three" / "results.json").read_text())["rows"]
     assert of_three["fid"] == by_file["fid"]
     assert of_three["is"] == by_file["is"]

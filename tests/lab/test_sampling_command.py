@@ -117,6 +117,7 @@ def test_a_stage_one_model_takes_any_steps(models: Path, tmp_path: Path) -> None
         ("student", ["--steps", "2"], "--steps 2: must be 4 or left out: "),
         ("student", ["--steps", "2", "--strict"], "was trained for 4 steps"),
         ("student", ["--w", "3", "--strict"], "[0, 2]"),
+        ("student", ["--w", "3", "--strict", "cluster=slurm"], "[0, 2]"),  # before anything is sent
         ("teacher", [], "teacher needs it; only a student of a few steps knows its number"),
         ("unconditional", ["--steps", "2", "--w", "1"], "only w=0 works"),
         ("unconditional", ["--steps", "2", "--w", "0", "--classes", "1"], "unconditional"),

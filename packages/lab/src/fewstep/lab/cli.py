@@ -47,6 +47,7 @@ def _arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None)
         parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    args.words = list(sys.argv[1:] if arguments is None else arguments)
     return args
 
 
@@ -106,10 +107,12 @@ def _sample_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    from fewstep.lab.cluster.monitor import refuse_submitted
     from fewstep.lab.compose import compose
     from fewstep.lab.runner import run_experiment
 
     config = compose(args.experiment, args.overrides)
+    refuse_submitted(Path(config.out))
     return run_experiment(config, until=args.until, strict=args.strict, console=console)
 
 
@@ -129,6 +132,7 @@ def _report(args: argparse.Namespace, console: Console) -> int:
 
 def _run_kind(args: argparse.Namespace, console: Console) -> int:
     """Run up to the last stage of the kind that the command is named after, or of one like it."""
+    from fewstep.lab.cluster.monitor import refuse_submitted
     from fewstep.lab.compose import compose, compose_grid
     from fewstep.lab.config import ConfigError
     from fewstep.lab.record import ancestry, is_done
@@ -143,4 +147,5 @@ def _run_kind(args: argparse.Namespace, console: Console) -> int:
     first = [name for name in ancestry(config, found[-1])[:-1] if not is_done(Path(config.out) / name)]
     if first:
         console.print(f"{found[-1]} needs first: {', '.join(first)} (not done in {config.out})")
+    refuse_submitted(Path(config.out))
     return run_experiment(config, until=found[-1], strict=args.strict, console=console)

@@ -41,7 +41,7 @@ def run_experiment(
     distributed.start(device, store)
     try:
         _say_if_untrained(config, names, console, strict)
-        with _locked(Path(config.out)), stop_on_signals() as stop:
+        with locked(Path(config.out)), stop_on_signals() as stop:
             for name in names:
                 record.refuse_mixing(config, name, Path(config.out) / name)
             return _walk(config, names, device, console, stop, strict)
@@ -170,8 +170,12 @@ def _warn(text: str | None, console: Console, strict: bool) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One run at a time in a folder; the system lifts the lock with the process, however that ends."""
+def locked(out: Path) -> Iterator[None]:
+    """One run at a time in a folder; the system lifts the lock with the process, however that ends.
+
+    Raises:
+        ConfigError: another is at work there.
+    """
     if not distributed.is_main():
         yield
         return

@@ -82,7 +82,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.evaluation.zoo import with_guidance
     from fewstep.lab.inpainting import as_generator
     from fewstep.lab.latents import autoencoder_of
-    from fewstep.lab.sampling import misuse
+    from fewstep.lab.sampling import begin_sampling, misuse
     from fewstep.models import load
 
     for name in ("num", "chunk", "shards"):
@@ -91,11 +91,13 @@ def command(args: argparse.Namespace, console: Console) -> int:
     network = load(args.model, device)
     spec = spec_of(args, network)
     cluster = chosen(args.overrides)
-    if cluster.kind == "slurm":
-        return _send(args, spec, cluster, console)
     autoencoder = autoencoder_of(Path(args.model), device)
+    denoiser = as_generator(with_guidance(network, spec.w), autoencoder)
+    if cluster.kind == "slurm":
+        with misuse(console, args.strict):
+            begin_sampling(denoiser, network, spec, device)
+        return _send(args, spec, cluster, console)
     with misuse(console, args.strict):
-        denoiser = as_generator(with_guidance(network, spec.w), autoencoder)
         made = list(sample(denoiser, spec, args.num, device, console))
     images = torch.cat(decoded(autoencoder, made, console)).clamp(-1, 1)
     write(Path(args.out), images, spec, args.model, every_image=args.png)
@@ -111,7 +113,7 @@ def _send(args: argparse.Namespace, spec: SampleSpec, cluster: ClusterConfig, co
     out = Path(args.out).absolute()
     samples = Samples(str(Path(args.model).absolute()), spec, args.num, str(out), args.device)
     then = Collecting(samples, args.png)
-    return submit_shards(cluster, out, args.shards, Sampling(samples), console, then=then)
+    return submit_shards(cluster, out, args.shards, Sampling(samples), console, command=args.words, then=then)
 
 
 def spec_of(args: argparse.Namespace, network: NetworkDenoiser) -> SampleSpec:

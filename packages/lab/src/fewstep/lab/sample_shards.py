@@ -18,6 +18,7 @@ from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
 from fewstep.lab.inpainting import as_generator
 from fewstep.lab.latents import autoencoder_of
+from fewstep.lab.progress import Tell
 from fewstep.lab.sample import decoded, write
 from fewstep.lab.sampling import SampleSpec, knowingly, timed_chunk
 from fewstep.lab.shards import ShardCache
@@ -53,13 +54,18 @@ class Sampling:
     samples: Samples
     stage: str = "sample"
 
-    def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def __call__(
+        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """Make the chunks of this shard that are missing."""
         spec, (model, key) = self.samples.spec, self.samples.place()
         autoencoder = autoencoder_of(Path(self.samples.model), model.device)
         denoiser = as_generator(with_guidance(model.network, spec.w), autoencoder)
         made, seconds = 0, 0.0
-        for start, end in list(spec.ranges(self.samples.num))[shard::shards]:
+        mine = list(spec.ranges(self.samples.num))[shard::shards]
+        there, total = 0, sum(end - start for start, end in mine)
+        for start, end in mine:
+            tell(there, total)
             if stop():
                 return False
             if self.samples.cache.get(key, start, end) is None:
@@ -67,6 +73,8 @@ class Sampling:
                     chunk = timed_chunk(denoiser, spec, start, end, model.device)
                 self.samples.cache.put(key, start, end, chunk)
                 made, seconds = made + end - start, seconds + chunk.seconds
+            there += end - start
+        tell(there, total)
         console.print(f"shard {shard} of {shards}: {made} images, {made / max(seconds, 1e-9):,.0f} images/s")
         return True
 
@@ -79,7 +87,9 @@ class Collecting:
     every_image: bool
     stage: str = "collect"
 
-    def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def __call__(
+        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """Put the chunks together.
 
         Raises:

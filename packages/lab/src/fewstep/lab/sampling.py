@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.lab.config import ConfigError
 from fewstep.lab.shards import Shard, ShardCache
@@ -133,6 +133,25 @@ def sample_shards(
         if found is None:
             cache.put(key, start, stop, shard)
         yield shard, found is not None
+
+
+class _Begun(Exception):
+    """All that could be wrong was looked at."""
+
+
+def begin_sampling(denoiser: Denoiser, network: nn.Module, spec: SampleSpec, device: torch.device) -> None:
+    """Raise and warn as `sample_chunk` would, without computing; `network` is the one that `denoiser` calls."""
+
+    def enough(*_: object) -> None:
+        raise _Begun
+
+    hook = network.register_forward_pre_hook(enough)
+    try:
+        sample_chunk(denoiser, spec, 0, 1, device)
+    except _Begun:
+        pass
+    finally:
+        hook.remove()
 
 
 def timed_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Shard:

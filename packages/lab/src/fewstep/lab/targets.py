@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,6 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fewstep.distill import TargetMethod
     from fewstep.lab.config import Config
+    from fewstep.lab.progress import Tell
     from fewstep.lab.stored import TargetStore
 
 READS = 3  # files whose reading is timed
@@ -39,6 +40,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.cluster.arrays import submit_shards
     from fewstep.lab.compose import compose
     from fewstep.lab.config import ConfigError
+    from fewstep.lab.progress import unheard
     from fewstep.lab.signals import stop_on_signals
 
     config = compose(args.experiment, args.overrides)
@@ -51,9 +53,9 @@ def command(args: argparse.Namespace, console: Console) -> int:
     work = Work(args.stage, str(out), args.draws, args.chunk)
     if config.cluster.kind == "slurm":
         config.out = str(Path(config.out).absolute())
-        return submit_shards(config.cluster, out, args.shards, work, console, config=config)
+        return submit_shards(config.cluster, out, args.shards, work, console, command=args.words, config=config)
     with stop_on_signals() as stop:
-        return 0 if work.make(config, 0, 1, stop, console) else 128 + (stop.number or 0)
+        return 0 if work.make(config, 0, 1, stop, console, unheard) else 128 + (stop.number or 0)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,17 @@ class Work:
     draws: int
     chunk: int
 
-    def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def __call__(
+        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """The shard of a submission."""
         from fewstep.lab.cluster.ledger import Submission, read_config
 
-        return self.make(read_config(Submission(folder, "slurm")), shard, shards, stop, console)
+        return self.make(read_config(Submission(folder, "slurm")), shard, shards, stop, console, tell)
 
-    def make(self, config: Config, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def make(
+        self, config: Config, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """Make this shard's missing files; says whether none is missing in the end."""
         from fewstep.lab.data import Order
         from fewstep.lab.distributed import pick_device
@@ -85,13 +91,21 @@ class Work:
         store = TargetStore(Path(self.root), key_of(method, order), self.draws * len(split), self.chunk)
         store.write_index()
         mine, began = slice(shard, None, shards), time.perf_counter()
-        made = list(make(method, split, order, store, mine, stop))
-        count, seconds = (sum(column) for column in zip(*made, strict=True)) if made else (0, 0.0)
+        total = _targets(list(store.ranges())[mine])
+        there, count, seconds = total - _targets(store.missing(mine)), 0, 0.0
+        tell(there, total)
+        for made, took in make(method, split, order, store, mine, stop):
+            count, seconds = count + made, seconds + took
+            tell(there + count, total)
         whole = time.perf_counter() - began
         console.print(f"{self.stage}  {count} targets made in {whole:.1f} s into {store.folder}", markup=False)
-        if made:
+        if count:
             console.print(worth(store, count, seconds), markup=False)
         return not store.missing(mine)
+
+
+def _targets(ranges: Iterable[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def training_of(config: Config, stage: str, console: Console) -> tuple[TargetMethod, int]:
@@ -147,4 +161,3 @@ def worth(store: TargetStore, count: int, seconds: float) -> str:
         f"{count / seconds:,.0f} targets/s, {size:.0f} bytes each; computing {1e6 * computing:.0f} us, reading "
         f"{1e6 * reading:.1f} us a target: pays beyond {pays}"
     )
-

@@ -56,21 +56,36 @@ def submit(args: argparse.Namespace, console: Console) -> int:
 
 
 def resume(args: argparse.Namespace, console: Console) -> int:
-    """Send again what is not done, with the config of the last submission and the code as it is now."""
-    from fewstep.lab.cluster import ledger
-    from fewstep.lab.cluster.choice import changed
+    """Send again what is not done, with the config of the last submission and the code as it is now.
 
-    config = ledger.read_config(_last(args.run))
+    Of shards, the command that was given is given again: it makes what is missing.
+    """
+    import os
+
+    from fewstep.lab.cluster import ledger
+    from fewstep.lab.cluster.choice import changed, refuse_others
+
+    last, run = _last(args.run), str(args.run.absolute())
+    if Path(last.cwd).is_dir():
+        os.chdir(last.cwd)  # relative paths of the config began there
+    if last.command:
+        from fewstep.lab.cli import main
+
+        refuse_others(args.overrides)
+        return main([*last.command, "--out", run, *args.overrides])
+    config = ledger.read_config(last)
     config.cluster = changed(config.cluster, args.overrides)
-    config.out = str(args.run)
+    config.out = run
     return _send(config, console)
 
 
 def _send(config: Config, console: Console) -> int:
+    from fewstep.lab.cluster.monitor import refuse_submitted
     from fewstep.lab.cluster.submit import submit as send
     from fewstep.lab.runner import run_experiment
 
     if config.cluster.kind == "debug":
+        refuse_submitted(Path(config.out))
         return run_experiment(config, console=console)
     submission, new = send(config)
     if submission is None:
@@ -153,4 +168,3 @@ def _last(run: Path) -> Submission:
     if not found:
         raise FileNotFoundError(f"{run}: nothing was submitted there; see `fewstep submit`")
     return found[-1]
-

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
+import torch
 from rich.console import Console
 
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.cluster import slurm
+from fewstep.lab.cluster import ledger, slurm
 from fewstep.lab.cluster.attempt import Attempt, Superseded
 from fewstep.lab.cluster.ledger import Submission, read_config
 from fewstep.lab.cluster.rendezvous import meet
-from fewstep.lab.config import Config
 from fewstep.lab.distributed import OtherProcessError
 from fewstep.lab.runner import run_experiment, run_stage
 from fewstep.lab.signals import StopFlag, stop_on_signals
@@ -49,7 +49,7 @@ class StageJob:
             config = read_config(submission)
             store = _rendezvous(submission)
             attempt = Attempt.here(submission.number)
-            with requeued_in_time(submission, config):
+            with requeued_in_time(submission, config.cluster.time, config.cluster.signal_seconds):
                 code = run_stage(config, self.stage, attempt, stop, console(), store)
             leave_for_later(submission, code)
 
@@ -74,6 +74,8 @@ class RunJob:
 def job(submission: Submission) -> Iterator[StopFlag]:
     """Within: signals only set a flag, and the line that a mistake or failure is goes where `status` finds it."""
     _set_ranks()
+    _go_to(submission)
+    _say_if_gpus_are_idle()
     with stop_on_signals() as stop:
         try:
             yield stop
@@ -83,6 +85,20 @@ def job(submission: Submission) -> Iterator[StopFlag]:
         except Exception as error:
             _write_error(submission, error)
             raise
+
+
+def _say_if_gpus_are_idle() -> None:
+    if os.environ.get("SLURM_JOB_GPUS") and not torch.cuda.is_available() and not int(os.environ["RANK"]):
+        print("warning: the job has GPUs, but torch sees none here: it computes on the CPU", file=sys.stderr)
+
+
+def _go_to(submission: Submission) -> None:
+    """Not before: python would look for modules there first."""
+    place = ledger.read(submission.folder).cwd
+    try:
+        os.chdir(place)
+    except OSError as error:
+        print(f"{place}: not on this node, so relative paths lead nowhere ({error.strerror})", file=sys.stderr)
 
 
 def _set_ranks() -> None:
@@ -140,16 +156,16 @@ def requeue_once(submission: Submission) -> None:
 
 
 @contextmanager
-def requeued_in_time(submission: Submission, config: Config) -> Iterator[None]:
-    """Within: shortly before the time limit the job is requeued even if the stage is still saving, or in a long step.
+def requeued_in_time(submission: Submission, minutes: int, signal_seconds: int) -> Iterator[None]:
+    """Within: shortly before the time limit the job is requeued even if it is still saving, or in a long step.
 
-    It then goes on from its last periodic checkpoint, where Slurm alone would end it for good.
+    It then goes on from what it saved last, where Slurm alone would end it for good.
     """
     if int(os.environ["RANK"]):
         yield
         return
-    limit = float(os.environ.get("SLURM_JOB_END_TIME", time.time() + 60 * config.cluster.time))
-    margin = min(LAST_SECONDS, config.cluster.signal_seconds / 2)
+    limit = float(os.environ.get("SLURM_JOB_END_TIME", time.time() + 60 * minutes))
+    margin = min(LAST_SECONDS, signal_seconds / 2)
     timer = threading.Timer(limit - margin - time.time(), requeue_once, (submission,))
     timer.daemon = True
     timer.start()
@@ -162,5 +178,3 @@ def requeued_in_time(submission: Submission, config: Config) -> Iterator[None]:
 def console() -> Console:
     """Where a job's words go: plain lines into its log."""
     return Console(highlight=False, width=160)
-
-

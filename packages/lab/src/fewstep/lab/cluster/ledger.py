@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import cast
 
@@ -51,14 +51,18 @@ class Job:
 
 @dataclass
 class Submission:
-    """What one `fewstep submit` sent. kind: "slurm" or "local". cancelled: no job of it starts itself again."""
+    """What one `fewstep submit` sent. kind: "slurm" or "local". cwd: where it was given: relative paths begin there.
+
+    command: the words after `fewstep` that send the work again, of work that falls into shards.
+    """
 
     folder: Path
     kind: str
     key: str = field(default_factory=lambda: secrets.token_hex(4))
     jobs: list[Job] = field(default_factory=list)
     submitted: float = field(default_factory=time.time)
-    cancelled: bool = False
+    cwd: str = field(default_factory=os.getcwd)
+    command: list[str] = field(default_factory=list)
 
     @property
     def number(self) -> int:
@@ -95,8 +99,9 @@ def read(folder: Path) -> Submission:
     path = folder / "submission.json"
     try:
         tree = json.loads(path.read_text())
-        return Submission(folder, **{**tree, "jobs": [Job(**job) for job in tree["jobs"]]})
-    except (ValueError, TypeError, KeyError) as error:
+        known = {each.name for each in fields(Submission)} & tree.keys()  # an older version wrote others
+        return Submission(folder, **{**{key: tree[key] for key in known}, "jobs": [Job(**job) for job in tree["jobs"]]})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged: delete {folder} and submit again") from error
 
 

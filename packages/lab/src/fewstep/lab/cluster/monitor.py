@@ -16,7 +16,7 @@ from fewstep.lab import record
 from fewstep.lab.cluster import ledger, slurm
 from fewstep.lab.cluster.ledger import PROBE, Job, Submission
 from fewstep.lab.cluster.slurm import LIVE, Row
-from fewstep.lab.config import Config, StageConfig, TrainingConfig
+from fewstep.lab.config import ConfigError, StageConfig, TrainingConfig
 
 DONE, RUNNING, PENDING, UNKNOWN = "done", "running", "pending", "unknown"
 FAILED, CANCELLED, LOST = "failed", "cancelled", "lost"
@@ -48,12 +48,17 @@ class Part:
     error: str = ""
 
 
-def state_of(done: bool, row: Row | None, *, answers: bool, cancelled: bool, restarted: bool = False) -> str:
-    """A part's state in a word. row: what squeue says of it, if anything; answers: whether it answers at all."""
+def state_of(
+    done: bool, row: Row | None, *, answers: bool, cancelled: bool, restarted: bool = False, error: bool = False
+) -> str:
+    """A part's state in a word. row: what squeue says of it, if anything; answers: whether it answers at all.
+
+    error: whether its last start wrote one. squeue forgets what ended minutes ago; the folder does not.
+    """
     if done:
         return DONE
     if row is None:
-        return UNKNOWN if not answers else CANCELLED if cancelled else LOST
+        return UNKNOWN if not answers else CANCELLED if cancelled else FAILED if error else LOST
     if row.state == "PENDING":
         return "requeued" if restarted else PENDING
     if row.state in LIVE:
@@ -69,6 +74,17 @@ def at_work(out: Path) -> Submission | None:
         if submission.jobs:
             return submission if any(_is_live(submission, job) for job in submission.jobs) else None
     return None
+
+
+def refuse_submitted(out: Path) -> None:
+    """Raise if jobs of the run are known to be queued or running: their stages take no lock, wherever they run.
+
+    Raises:
+        ConfigError: which submission, and how to end it.
+    """
+    submission = at_work(out)
+    if submission is not None and (submission.kind == "local" or queue_of(submission) is not None):
+        raise ConfigError(f"out={out}: submission {submission.number} is at work there; `fewstep cancel {out}` first")
 
 
 def _is_live(submission: Submission, job: Job) -> bool:
@@ -108,29 +124,35 @@ def look(out: Path) -> list[Part]:
     last = found[-1]
     rows = queue_of(last) if last.kind == "slurm" else {}
     sharded = [job for job in last.jobs if job.shards]
-    if sharded:
-        return [part for job in sharded for part in _shard_parts(last, job, rows)]
-    config = ledger.read_config(last)
     parts = [_probe_part(last, job, rows, out) for job in last.jobs if job.stage == PROBE]
-    for name, stage in config.stages.items():
-        job, done = last.job(name), record.is_done(out / name)
+    if sharded:
+        needs: dict[str, list[str]] = {}
+        for job in sharded:
+            needs[job.stage] = [part.stage for part in parts if part.stage != job.stage][-1:]
+            parts += _shard_parts(last, job, rows)
+        return _blamed(parts, needs)
+    config = ledger.read_config(last)
+    for each, stage in config.stages.items():
+        job, done = last.job(each), record.is_done(out / each)
         progress = progress_of(stage, out)
         if job is None or done:
             state = DONE if done else "not sent"
-            parts.append(Part(name, "" if job is None else job.id, state, progress=replace(progress, left=None)))
+            parts.append(Part(each, "" if job is None else job.id, state, progress=replace(progress, left=None)))
         elif last.kind == "local":
             at_it = any(part.state == RUNNING for part in parts)
             parts.append(_local_part(last, job, progress, waits=at_it))
         else:
             parts.append(_job_part(last, job, rows, progress))
-    by_stage = {part.stage: part for part in parts}
-    return [_blamed(part, by_stage, config) for part in parts]
+    return _blamed(parts, {each: [PROBE, *stage.needs] for each, stage in config.stages.items()})
 
 
 def _probe_part(submission: Submission, job: Job, rows: Mapping[str, Row] | None, out: Path) -> Part:
-    """The probe leaves nothing in the run's folder: Slurm's word is all there is."""
+    """The probe leaves nothing in the run's folder; once Slurm has forgotten it, others that went on tell of it."""
     row = (rows or {}).get(job.id)
-    state = state_of(row is not None and row.state == "COMPLETED", row, answers=rows is not None, cancelled=False)
+    others = [each for each in (rows or {}).values() if each.id != job.id and each.state in LIVE]
+    done = bool(others) or any(submission.logs.glob("*_log.out")) if row is None else row.state == "COMPLETED"
+    cancelled = (submission.logs / f"{job.id}.cancelled").exists()
+    state = state_of(done, row, answers=rows is not None, cancelled=cancelled)
     error = f"{out} cannot be read on a node: choose an out= that all nodes share" if state == FAILED else ""
     return Part(job.stage, job.id, state, None, "" if row is None else row.nodes, error=error)
 
@@ -138,17 +160,22 @@ def _probe_part(submission: Submission, job: Job, rows: Mapping[str, Row] | None
 def _job_part(submission: Submission, job: Job, rows: Mapping[str, Row] | None, progress: Progress) -> Part:
     """A job that is not done."""
     row = (rows or {}).get(job.id)
-    state = state_of(
-        False,
-        row,
-        answers=rows is not None,
-        cancelled=(submission.logs / f"{job.id}.cancelled").exists(),
-        restarted=any(submission.logs.glob(f"{job.id}_*.out")),
-    )
+    state = _state(submission, job, job.id, row, done=False, answers=rows is not None)
     if state != RUNNING:
         progress = replace(progress, left=None)
     error = "" if state in (RUNNING, PENDING, DONE) else last_error(submission, job.id)
     return Part(job.stage, job.id, state, None, "" if row is None else row.nodes, progress, error)
+
+
+def _state(submission: Submission, job: Job, element: str, row: Row | None, *, done: bool, answers: bool) -> str:
+    return state_of(
+        done,
+        row,
+        answers=answers,
+        cancelled=(submission.logs / f"{job.id}.cancelled").exists(),
+        restarted=any(submission.logs.glob(f"{element}_*.out")),
+        error=any(submission.logs.glob(f"{element}_*.error")),
+    )
 
 
 def _shard_parts(submission: Submission, job: Job, rows: Mapping[str, Row] | None) -> Iterator[Part]:
@@ -156,12 +183,23 @@ def _shard_parts(submission: Submission, job: Job, rows: Mapping[str, Row] | Non
     for shard, element in enumerate(job.elements):
         row = (rows or {}).get(element)
         done = (submission.logs / f"{job.stage}.{shard}.done").exists()
-        cancelled = (submission.logs / f"{job.id}.cancelled").exists()
-        again = any(submission.logs.glob(f"{element}_*.out"))
-        state = state_of(done, row, answers=rows is not None, cancelled=cancelled, restarted=again)
+        state = _state(submission, job, element, row, done=done, answers=rows is not None)
+        made = _pieces(submission.logs / f"{job.stage}.{shard}.jsonl")
         error = "" if state in (RUNNING, PENDING, DONE) else last_error(submission, element)
         number, node = shard if job.shards > 1 else None, "" if row is None else row.nodes
-        yield Part(job.stage, element, state, number, node, error=error)
+        if state != RUNNING:
+            made = replace(made, left=None)
+        yield Part(job.stage, element, state, number, node, made, error)
+
+
+def _pieces(path: Path) -> Progress:
+    """How far a shard has come."""
+    lines = _last_metrics(path)
+    if not lines:
+        return Progress()
+    done, total = int(lines[-1]["step"]), int(lines[-1]["total"])
+    speed = _speed(lines)
+    return Progress(done, total, (total - done) / speed if speed > 0 else None)
 
 
 def _local_part(submission: Submission, job: Job, progress: Progress, *, waits: bool) -> Part:
@@ -173,14 +211,21 @@ def _local_part(submission: Submission, job: Job, progress: Progress, *, waits: 
     return Part(job.stage, job.id, PENDING if waits else RUNNING, progress=progress)
 
 
-def _blamed(part: Part, parts: Mapping[str, Part], config: Config) -> Part:
-    """A stage that Slurm cancelled because another failed says which."""
-    if part.state not in (CANCELLED, LOST) or part.error or part.stage not in config.stages:
+def _blamed(parts: list[Part], needs: Mapping[str, list[str]]) -> list[Part]:
+    """The parts, of which those that Slurm cancelled because another failed say which. needs: what hangs on what."""
+    return [_blamed_part(part, [each for each in parts if each.stage in needs.get(part.stage, ())]) for part in parts]
+
+
+def _blamed_part(part: Part, needs: list[Part]) -> Part:
+    ended = next((need for need in needs if need.state in ENDED), None)
+    if ended is None or part.error or part.state not in (CANCELLED, LOST):
         return part
-    for need in (PROBE, *config.stages[part.stage].needs):
-        if need in parts and parts[need].state in ENDED:
-            return replace(part, state=CANCELLED, error=f"{need}: {parts[need].state}")
-    return part
+    return replace(part, state=CANCELLED, error=f"{name(ended)}: {ended.state}")
+
+
+def name(part: Part) -> str:
+    """The stage, and which shard of it."""
+    return part.stage if part.shard is None else f"{part.stage} {part.shard}"
 
 
 def trainings(stage: StageConfig, folder: Path) -> list[tuple[Path, int]]:
@@ -201,9 +246,15 @@ def progress_of(stage: StageConfig, out: Path) -> Progress:
         lines = _last_metrics(folder / "metrics.jsonl")
         reached = updates if record.is_done(folder) else int(lines[-1]["step"]) if lines else 0
         done, total = done + reached, total + updates
-        if len(lines) > 1 and lines[-1]["time"] > lines[0]["time"]:
-            speed = (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["time"] - lines[0]["time"])
+        speed = _speed(lines) or speed
     return Progress(done, total, (total - done) / speed if speed > 0 else None)
+
+
+def _speed(lines: list[dict[str, float]]) -> float:
+    """Steps a second over these lines; 0 if they do not tell."""
+    if len(lines) < 2 or lines[-1]["time"] <= lines[0]["time"]:
+        return 0.0
+    return (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["time"] - lines[0]["time"])
 
 
 def _last_metrics(path: Path) -> list[dict[str, float]]:
@@ -239,4 +290,3 @@ def _tail(path: Path) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
-

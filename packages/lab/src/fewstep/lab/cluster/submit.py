@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fewstep.lab import record
@@ -22,6 +23,7 @@ from fewstep.lab.cluster.config import ClusterConfig
 from fewstep.lab.cluster.job import RunJob, StageJob
 from fewstep.lab.cluster.ledger import PROBE, Job, Submission
 from fewstep.lab.config import Config, ConfigError, TrainingConfig
+from fewstep.lab.runner import locked
 from fewstep.lab.validate import stage_order
 
 LOCAL_MINUTES = 60 * 24 * 365  # no limit
@@ -33,11 +35,15 @@ def submit(config: Config) -> tuple[Submission | None, bool]:
     None where nothing is left to do. The same experiment submitted again while it is at work joins the jobs that are.
 
     Raises:
-        ConfigError: no SLURM here; the folder was made, or is being made, with another config.
+        ConfigError: no SLURM here, or for `cluster=local` not as many GPUs; the folder was made, or is being made, with
+            another config, or by `fewstep run`.
         slurm.SlurmError: sbatch refused, in its own words; nothing is left in the queue.
     """
     if config.cluster.kind == "slurm":
         slurm.require()
+    elif config.cluster.gpus_per_node > torch.cuda.device_count():
+        here = f"this machine has {torch.cuda.device_count()} CUDA devices"
+        raise ConfigError(f"cluster.gpus_per_node={config.cluster.gpus_per_node}: {here}")
     out = Path(config.out).absolute()
     config.out = str(out)
     with ledger.locked(out):
@@ -48,6 +54,8 @@ def submit(config: Config) -> tuple[Submission | None, bool]:
         if at_work is not None:
             _refuse_another(ledger.read_config(at_work), config, at_work)
             return at_work, False
+        with locked(out):  # no `fewstep run` is at work there
+            pass
         missing = [stage for stage in order if not record.is_done(out / stage)]
         return (_send(config, out, missing), True) if missing else (None, False)
 
@@ -92,7 +100,8 @@ def handed_in(out: Path, cluster: ClusterConfig, config: Config | None) -> Itera
 
 
 def _send_graph(config: Config, submission: Submission, missing: Sequence[str]) -> None:
-    before = _send_probe(config, submission)
+    seen = any(holder_of(Path(config.out) / stage) for stage in config.stages)
+    before = [] if seen else send_probe(submission, config.cluster, config.cluster.nodes)
     for stage in missing:
         needs = [submission.job(need) for need in config.stages[stage].needs]
         after = [job.id for job in needs if job is not None] or before
@@ -100,19 +109,18 @@ def _send_graph(config: Config, submission: Submission, missing: Sequence[str]) 
         send(submission, config.cluster, stage, [StageJob(str(submission.folder), stage)], after, training=training)
 
 
-def _send_probe(config: Config, submission: Submission) -> list[str]:
-    """A job of seconds, before all others: whether the nodes see the run's folder.
+def send_probe(submission: Submission, cluster: ClusterConfig, nodes: int) -> list[str]:
+    """A job of seconds, before all others: whether the nodes see the submission's folder; its id, if any is sent.
 
-    It needs no file there to say so. None is sent where a node has already written into the folder.
+    It needs no file there to say so.
     """
-    cluster, out = config.cluster, Path(config.out)
-    if not cluster.probe or any(holder_of(out / stage) for stage in config.stages):
+    if not cluster.probe:
         return []
     asked = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "constraint")}
     options = [f"--{key}={value}" for key, value in asked.items() if value is not None]
     name = job_name(submission, PROBE)
-    look = f"srun --ntasks-per-node=1 test -r {shlex.quote(str(submission.folder / 'config.yaml'))}"
-    fixed = [f"--job-name={name}", f"--nodes={cluster.nodes}", "--time=5", "--output=/dev/null", "--chdir=/"]
+    look = f"srun --ntasks-per-node=1 test -d {shlex.quote(str(submission.folder))}"
+    fixed = [f"--job-name={name}", f"--nodes={nodes}", "--time=5", "--output=/dev/null", "--chdir=/"]
     text = slurm.sbatch(*options, *fixed, f"--wrap={look}")
     _keep(submission, Job(PROBE, text, name))
     return [text]
@@ -168,7 +176,7 @@ def parameters(
         "array_parallelism": cluster.parallel,
         "wckey": None,
         "setup": [*cluster.setup, *_setup(submission, cpus)],
-        "teardown": _teardown(submission, cluster.retries),
+        "teardown": _teardown(submission, stage, cluster.retries),
         # srun takes neither of these over from sbatch: a killed process ends the others, and CPUs are each task's own.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *cluster.srun_args],
         "additional_parameters": {
@@ -189,11 +197,17 @@ def _code(submission: Submission) -> str:
     return str(submission.folder / "code")
 
 
-def _teardown(submission: Submission, retries: int) -> list[str]:
-    """After srun: a job one of whose processes was killed, and that no process calls a failure, starts again."""
+def _teardown(submission: Submission, stage: str, retries: int) -> list[str]:
+    """After srun: a job one of whose processes was killed, and that no process calls a failure, starts again.
+
+    What is done is done, however its processes ended: torch's may abort after their last word.
+    """
     logs = shlex.quote(str(submission.logs))
+    stage_done = shlex.quote(str(submission.folder.parents[1] / stage / "DONE"))
+    shard_done = f"{logs}/{shlex.quote(stage)}.${{SLURM_ARRAY_TASK_ID:-0}}.done"
     return [
         "code=$?",
+        f"[ -e {stage_done} ] || [ -e {shard_done} ] && exit 0",
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         f"error={logs}/${{id:-$SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}.error",
         f"crashes={logs}/$SLURM_JOB_ID.crashes",
@@ -235,4 +249,3 @@ def _take_back(submission: Submission) -> None:
         slurm.cancel(*(job.id for job in submission.jobs))
     submission.jobs.clear()
     submission.save()
-

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from fewstep.lab.cluster.monitor import DONE, ENDED, Part, Progress
+from fewstep.lab.cluster.monitor import DONE, ENDED, Part, Progress, name
 
 COLUMNS = ("stage", "job", "state", "node", "progress", "left", "last error")
 
@@ -20,11 +20,6 @@ def table(parts: Sequence[Part]) -> Table:
         far = (progress(part.progress), duration(part.progress.left))
         shown.add_row(name(part), part.job, part.state, part.node, *far, part.error, style=style)
     return shown
-
-
-def name(part: Part) -> str:
-    """The stage, and which shard of it."""
-    return part.stage if part.shard is None else f"{part.stage} {part.shard}"
 
 
 def progress(made: Progress) -> str:

@@ -109,7 +109,8 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
 
         measurement.check()
         then = Collecting(measurement)
-        return submit_shards(cluster, Path(args.out), args.shards, Extracting(measurement), console, then=then)
+        work, out = Extracting(measurement), Path(args.out)
+        return submit_shards(cluster, out, args.shards, work, console, command=args.words, then=then)
     measurement.check()
     for each in measurement.works():
         _make(each, console)

@@ -25,7 +25,7 @@ from fewstep.lab.metrics import (
     load_extractor,
     refuse_broken,
 )
-from fewstep.lab.progress import SamplingProgress
+from fewstep.lab.progress import SamplingProgress, Tell, unheard
 from fewstep.lab.shards import FeatureCache, FeatureShard
 
 FOLDER = "features"
@@ -78,12 +78,26 @@ class Extraction:
         count = self.images.count
         return [(start, min(start + self.chunk, count)) for start in range(0, count, self.chunk)]
 
-    def make(self, shard: int, shards: int, stop: Callable[[], bool], console: Console, *, bar: bool = True) -> bool:
+    def size(self, shard: int, shards: int) -> int:
+        """Images of the shard."""
+        return sum(high - low for low, high in self.ranges()[shard::shards])
+
+    def make(
+        self,
+        shard: int,
+        shards: int,
+        stop: Callable[[], bool],
+        console: Console,
+        tell: Tell = unheard,
+        *,
+        bar: bool = True,
+    ) -> bool:
         """Make what is missing of every `shards`-th chunk from `shard` on; False if stopped before the end."""
-        mine = self.ranges()[shard::shards]
         began, seconds, made = time.perf_counter(), {"making": 0.0, "extractor": 0.0}, 0
-        with SamplingProgress(console, sum(high - low for low, high in mine), bar=bar) as shown:
-            for low, high in mine:
+        total = self.size(shard, shards)
+        with SamplingProgress(console, total, bar=bar) as shown:
+            for low, high in self.ranges()[shard::shards]:
+                tell(shown.made, total)
                 if stop():
                     return False
                 found = self.cache.get(self.key, low, high)
@@ -95,6 +109,7 @@ class Extraction:
                     shown.advance("features", high - low, 1, sum(found.seconds.values()))
                 else:
                     shown.advance("features", high - low, 1, 0.0, cached=True)
+        tell(total, total)
         console.print(_speed(made, seconds, time.perf_counter() - began), highlight=False)
         return True
 

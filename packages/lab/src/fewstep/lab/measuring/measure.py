@@ -28,6 +28,7 @@ from fewstep.lab.metrics import (
     standardised,
 )
 from fewstep.lab.metrics.extractors import CLASSIFIER
+from fewstep.lab.progress import Tell
 from fewstep.lab.sampling import nfe_of
 from fewstep.lab.stages.results import tidy
 
@@ -158,10 +159,21 @@ class Extracting:
     measurement: Measurement
     stage: str = "measure"
 
-    def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def __call__(
+        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """Make what is missing of this shard."""
         works = self.measurement.works()
-        return all(work.make(shard, shards, stop, console, bar=False) for work in works)
+        total, before = sum(work.size(shard, shards) for work in works), 0
+        for work in works:
+            if not work.make(shard, shards, stop, console, _after(before, total, tell), bar=False):
+                return False
+            before += work.size(shard, shards)
+        return True
+
+
+def _after(before: int, total: int, tell: Tell) -> Tell:
+    return lambda done, _: tell(before + done, total)
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,9 @@ class Collecting:
     measurement: Measurement
     stage: str = "collect"
 
-    def __call__(self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console) -> bool:
+    def __call__(
+        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    ) -> bool:
         """Write `results.json`."""
         self.measurement.write(console)
         return True
