@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -168,6 +169,13 @@ def _absence(backend: str, on_gpu: bool, operation: str | None = None) -> str | 
 def _on_gpu(args: tuple[Any, ...]) -> bool:
     """Return whether the first tensor is; operations check that the others are where it is."""
     return _first_tensor(args).device.type == "cuda"
+
+
+def on_device_of(*args: Any) -> AbstractContextManager[None]:
+    """Make the device of the first tensor the present one: kernels are compiled for it and launched on it."""
+    tensor = _first_tensor(args)
+    within: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]  # has no types
+    return within
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fewstep.kernels.backend import on_device_of
+
 ARCHITECTURES = (80, 89, 90, 100)
 
 
@@ -44,9 +46,10 @@ class Configuration:
     vector_loads: bool = True
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Run the kernel on a grid of programs; `args` in the order of `signature`."""
+        """Run the kernel on a grid of programs, on the device of its first tensor; `args` as in `signature`."""
         options = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        self.kernel[grid](
-            **dict(zip(self.signature, args, strict=True)), **self.constants,
-            num_warps=self.num_warps, num_stages=self.num_stages, **options,
-        )
+        with on_device_of(*args):
+            self.kernel[grid](
+                **dict(zip(self.signature, args, strict=True)), **self.constants,
+                num_warps=self.num_warps, num_stages=self.num_stages, **options,
+            )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels import build
+from fewstep.kernels.backend import on_device_of
 from fewstep.kernels.build import address, checked, stream
 
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
@@ -14,7 +15,7 @@ DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 def forward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, key_lengths: Tensor | None) -> None:
     """Write o (B, H, L, D) and lse (B, H, L); q, k, v and o by any strides that `fused.is_readable` allows."""
     q, (k, v) = _aligned(q), _alike(k, v)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # torch gives it no types
+    with on_device_of(q):
         module = build.load("attention")
         call, _lengths = _call(module, q, k, v, o, lse, scale, key_lengths)
         checked(module.forward(call), "attention")
@@ -27,7 +28,7 @@ def backward(
     """Write dq, dk and dv, these two with the same strides, from the gradients of o and, if any, of lse."""
     q, d_o, (k, v) = _aligned(q), _aligned(d_o), _alike(k, v)
     delta = torch.empty_like(lse)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # torch gives it no types
+    with on_device_of(q):
         module = build.load("attention")
         call, _lengths = _call(module, q, k, v, o, lse, scale, key_lengths)
         pointers = [address(x) for x in (d_o, d_lse, dq, dk, dv, delta)]

@@ -489,8 +489,7 @@ def _run(
     }  # fmt: skip
     variant = configuration(step, q.dtype, dim, tile)
     programs = -(-rows // _owned(step, tile)) * batch * heads
-    with torch.cuda.device_of(q):
-        variant.launch((programs,), *(values[name] for name in variant.signature))
+    variant.launch((programs,), *(values[name] for name in variant.signature))
 
 
 def _owned(step: Step, tile: Tile) -> int:

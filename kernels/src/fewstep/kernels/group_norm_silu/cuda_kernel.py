@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.kernels import build
-from fewstep.kernels.backend import layout, tuned
+from fewstep.kernels.backend import layout, on_device_of, tuned
 from fewstep.kernels.build import address, checked, stream
 from fewstep.kernels.group_norm_silu.plan import ALONE, CHUNK, PROCESSORS, PROGRAMS, groups_together
 
@@ -85,10 +85,11 @@ def forward(
     c, affine = _cut(x, groups, 1, residual, y, total), (weight, bias, scale, shift)
     parts = _parts(x, groups, c)
     pointers = (x, residual, *affine, None, None, y, total, None, mean, rstd, None, None, *parts)
-    module = build.load("group_norm_silu")
     numbers, clustered = _numbers(x, groups, c, affine, act, before), _clustered(x, groups, c)
-    code = module.forward([address(t) for t in pointers], numbers, eps, stream(x), clustered)
-    checked(code, "group_norm_silu")
+    with on_device_of(x):
+        module = build.load("group_norm_silu")
+        code = module.forward([address(t) for t in pointers], numbers, eps, stream(x), clustered)
+        checked(code, "group_norm_silu")
 
 
 def backward(
@@ -98,17 +99,20 @@ def backward(
 ) -> None:
     """Write dx and the gradients of weight, bias, scale and shift, all allocated by the caller."""
     c, affine = _cut(x, groups, 2, dy, dtotal, dx), (weight, bias, scale, shift)
-    parts, module = _parts(x, groups, c), build.load("group_norm_silu")
+    parts = _parts(x, groups, c)
     a, b = torch.empty((2, len(x), c.chunks, x.shape[1]), dtype=torch.float32, device=x.device)
     pointers = (x, None, *affine, dy, dtotal, None, None, dx, mean, rstd, a, b, *parts)
     numbers, clustered = _numbers(x, groups, c, affine, act, False), _clustered(x, groups, c)
-    code = module.backward([address(t) for t in pointers], numbers, 0.0, stream(x), clustered)
-    checked(code, "group_norm_silu backward")
-    if any(gradient is not None for gradient in parameters):
-        row = 0 if scale is None else scale.stride(0)
+    with on_device_of(x):
+        module = build.load("group_norm_silu")
+        code = module.backward([address(t) for t in pointers], numbers, 0.0, stream(x), clustered)
+        checked(code, "group_norm_silu backward")
+        if all(gradient is None for gradient in parameters):
+            return
         codes = [0 if p is None else DTYPES[p.dtype] for p in affine]
+        sizes = [len(x), x.shape[1], 0 if scale is None else scale.stride(0), c.chunks]
         pointers = (a, b, weight, bias, scale, *parameters)
-        code = module.parameters([address(t) for t in pointers], [len(x), x.shape[1], row, c.chunks, *codes], stream(x))
+        code = module.parameters([address(t) for t in pointers], [*sizes, *codes], stream(x))
         checked(code, "group_norm_silu parameter gradients")
 
 
