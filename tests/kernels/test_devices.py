@@ -21,7 +21,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "guided_update": lambda x: guided_update(Raw(x, None, "v"), x, HALF, HALF / 2, Cosine(), clip=(-1, 1)),
     "layer_norm_modulate": lambda x: layer_norm_modulate(x, torch.ones(1, 16), torch.ones(1, 16)),
 }
-FUSED = [(operation, name) for operation in CALLS for name in backend._implementations[operation] if name != "reference"]
+FUSED = [(op, name) for op in CALLS for name in backend._implementations[op] if name != "reference"]
 
 
 @pytest.fixture
