@@ -32,7 +32,7 @@ LABELS = np.random.default_rng(1).permuted(np.tile(np.arange(10), (6, EACH // 10
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of 100 and 20 images are whole."""
     monkeypatch.setattr(cifar10, "COUNTS", (5 * EACH, EACH))
-    for name in ("cifar10", "cifar10_jpeg"):
+    for name in ("cifar10", "cifar10_unconditional", "cifar10_jpeg"):
         monkeypatch.setitem(files.PUBLISHED, name, replace(files.PUBLISHED[name], heldout=EACH))
     files._published.cache_clear()
 
@@ -109,6 +109,11 @@ def test_cifar10_is_the_same_from_every_form(
     assert data.train.labels.tolist() == LABELS[:5].ravel().tolist()
     assert data.heldout.labels.tolist() == LABELS[5].tolist()
     assert (data.train.flips, data.heldout.flips) == (True, False)
+    same = loaded("cifar10_unconditional", tmp_path)
+    assert torch.equal(same.train.images, data.train.images)
+    assert not same.train.labels.any()
+    assert not same.heldout.labels.any()
+    assert len(same.heldout.labels) == EACH
 
 
 @pytest.mark.usefixtures("small")

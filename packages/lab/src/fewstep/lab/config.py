@@ -131,7 +131,9 @@ class StageConfig:
 class TrainingConfig(StageConfig):
     """Options of every stage that trains with the loop of `fewstep.lab.train`.
 
-    updates: optimiser updates, exactly that many. batch_size: images per update over all processes and accumulation.
+    updates: optimiser updates, exactly that many; with `seconds`, at most. seconds: how long each training may take:
+    after 60 updates their number is settled by their speed, and written to `updates.json`. batch_size: images per
+    update over all processes and accumulation.
     anneal: "none", "linear" or "cosine"; the last two reach exactly 0 after the last update.
     ema_half_life: half-life of the averaged weights as a fraction of the run, at most; 0 keeps no average.
     ema_decay: the papers' fixed maximal decay (0.9999) in place of the half-life.
@@ -143,6 +145,7 @@ class TrainingConfig(StageConfig):
     """
 
     updates: int = 1000
+    seconds: float | None = None
     batch_size: int = 64
     accumulate: int = 1
     lr: float = 1e-3
@@ -643,6 +646,7 @@ class Config:
     """One experiment.
 
     out: the run's folder. device: "auto", "cpu", "cuda", "cuda:1". threads: of torch, on the CPU; None: its choice.
+    weights: "bf16" saves models with weights rounded to bfloat16 (in files of float32: half of one holds them exactly).
     schedule: type and arguments, as `fewstep.schedules.schedule_from_config` reads them. prediction: "x", "eps", "v" or
     "flow". These and `network` are left out where the teacher is of kind pretrained and brings its own. text: of
     captioned data alone. stages: name -> one of the dataclasses above, in the order in which they run.
@@ -654,6 +658,7 @@ class Config:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    weights: str | None = None
     deterministic: bool = False  # on GPUs: the same bits every time, slower; the CPU always gives them
     progress: bool = _free(True)
     tensorboard: bool = _free(True)

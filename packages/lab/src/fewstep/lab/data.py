@@ -153,7 +153,10 @@ KNOWN = {
 
 CAPTIONED = ("captioned_shapes", "image_folder_with_captions", "webdataset_with_captions")
 # By `fewstep.lab.datasets.files`; what else is captioned by `fewstep.lab.captioned`.
-FILES = ("mnist", "cifar10", "cifar10_jpeg", "image_folder", "webdataset", "webdataset_with_captions")
+FILES = (
+    "mnist", "cifar10", "cifar10_unconditional", "cifar10_jpeg", "image_folder", "webdataset",
+    "webdataset_with_captions",
+)  # fmt: skip
 
 
 def load_data(config: DataConfig) -> Data:

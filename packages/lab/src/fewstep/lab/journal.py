@@ -71,6 +71,12 @@ class Journal:
                 self._board.add_scalar(name, value, step)
         self._show(step, metrics, images_per_second)
 
+    def expect(self, updates: int) -> None:
+        """There are to be so many updates, not as many as it was made with."""
+        self._updates = updates
+        if self._bar is not None:
+            self._bar.update(self._task, total=updates)
+
     def _show(self, step: int, metrics: dict[str, float], speed: float) -> None:
         text = f"loss {metrics['loss']:.4g}  {speed:,.0f} images/s"
         if self._bar is not None:

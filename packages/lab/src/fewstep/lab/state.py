@@ -18,7 +18,9 @@ from fewstep.lab.fsdp import is_sharded, local, rows
 
 @dataclass
 class State:
-    """What an update changes, and so what a checkpoint holds. `step`: updates done."""
+    """What an update changes, and so what a checkpoint holds. `step`: updates done; settled: how many there are to be,
+    where that is not the config's to say (see `fewstep.lab.budget`).
+    """
 
     networks: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
@@ -27,6 +29,7 @@ class State:
     meter: "Meter"
     skips: "Skips"
     step: int = 0
+    settled: int | None = None
 
 
 class Meter:
@@ -100,7 +103,7 @@ def checkpoint_of(state: State) -> Checkpoint:
     """The state as it is saved, the same on every process but for the rows of what is sharded."""
     skipped = {"total": int(state.skips.total), **{f"in_row/{k}": int(v) for k, v in state.skips.in_row.items()}}
     counts = {name: int(count) for name, count in state.meter.counts.items()}
-    meta = {"scaler": state.scaler.state_dict(), "counts": counts, "skipped": skipped}
+    meta = {"scaler": state.scaler.state_dict(), "counts": counts, "skipped": skipped, "settled": state.settled}
     return Checkpoint(state.step, dict(_tensors(state)), meta)
 
 
@@ -139,7 +142,7 @@ def load_state(state: State, checkpoint: Checkpoint) -> None:
     state.scaler.load_state_dict(checkpoint.meta["scaler"])
     for name, count in checkpoint.meta.get("skipped", {}).items():
         (state.skips.total if name == "total" else state.skips.in_row[name.removeprefix("in_row/")]).fill_(count)
-    state.step = checkpoint.step
+    state.step, state.settled = checkpoint.step, checkpoint.meta.get("settled")
 
 
 def _load(values: dict[str, Tensor], checkpoint: Checkpoint, prefix: str) -> None:

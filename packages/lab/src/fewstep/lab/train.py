@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fewstep.distill import Batch, InstantMomentMatching, Method, TargetMethod
 from fewstep.lab import distributed
+from fewstep.lab.budget import Budget, write_updates
 from fewstep.lab.checkpoint import load_latest, save_checkpoint, save_index, save_part
 from fewstep.lab.config import ConfigError, TrainingConfig
 from fewstep.lab.context import Interrupted, unfenced
 from fewstep.lab.data import Order, Split
+from fewstep.lab.ema import max_decay
 from fewstep.lab.fsdp import Shards, is_sharded, keep_activations, local, recompute_activations
 from fewstep.lab.journal import Journal
 from fewstep.lab.state import State, checkpoint_of, clip_, fresh_state, load_state
@@ -114,12 +116,15 @@ class Trainer:
             TrainingError: loss or gradient not finite in `PATIENCE` updates of one optimiser in a row; the last
                 checkpoint is kept. Fewer such updates are skipped and counted.
         """
+        budget = None if self.options.seconds is None else Budget(self.options.seconds, self.device)
         self._restore()
         state, self._saved, self._logged = self.state, time.monotonic(), (self.state.step, time.monotonic())
         self._skipped = int(state.skips.total)
         with self._journal() as journal:
             while state.step < self.updates:
                 self.update()
+                if budget is not None and state.settled is None:
+                    self._settle(budget.updates(state.step, self.updates), journal)
                 last = state.step == self.updates
                 if last or state.step % self.options.log_every == 0:
                     self._log(journal)
@@ -130,6 +135,22 @@ class Trainer:
                 if stop:
                     raise Interrupted(f"{self.label}: saved after update {state.step} of {self.updates}")
         return state
+
+    def _settle(self, updates: int | None, journal: Journal) -> None:
+        """From now on there are so many updates, once that is known; learning rate and averages go by them."""
+        if updates is None:
+            return
+        self.state.settled = updates
+        self._go_by(updates)
+        journal.expect(updates)
+        if distributed.is_main():
+            self.fence()
+            write_updates(self.out, updates, self.options)
+
+    def _go_by(self, updates: int) -> None:
+        self.updates = updates
+        if self.state.ema is not None:
+            self.state.ema.decay = max_decay(updates, self.options.ema_half_life, self.options.ema_decay)
 
     def finish(self) -> None:
         """Leave `method.networks` whole, with the weights to keep: the averages if there are any."""
@@ -285,6 +306,8 @@ class Trainer:
         found = load_latest(self.out / "checkpoints", lambda text: self.console.print(text, style="yellow"))
         if found is not None:
             load_state(self.state, found)
+            if self.state.settled is not None:
+                self._go_by(self.state.settled)
             if self.state.step < self.updates:
                 text = f"{self.label}  going on after update {found.step} of {self.updates}"
                 self.console.print(text, highlight=False)

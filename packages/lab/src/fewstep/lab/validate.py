@@ -56,6 +56,7 @@ def validate(config: Config) -> None:
     one_of("prediction", config.prediction, ("x", "eps", "v", "flow"))
     check_schedule("schedule", config.schedule)
     require(config.threads is None or config.threads >= 1, "threads", config.threads, "1 or more, or null")
+    require(config.weights in (None, "bf16"), "weights", config.weights, "bf16, or null for float32")
     require(bool(config.stages), "stages", "{}", "at least one stage")
     stage_order(config)
     wrong = problem(config.cluster)
@@ -141,6 +142,8 @@ def _check_training(key: str, stage: TrainingConfig, config: Config) -> None:
     positive(key, stage, "updates", "batch_size", "accumulate", "lr", "eps", "log_every")
     for name in ("warmup", "weight_decay", "checkpoint_updates", "checkpoint_seconds"):
         require(getattr(stage, name) >= 0, f"{key}.{name}", getattr(stage, name), "0 or more")
+    right = "more than 0, or null for exactly `updates`"
+    require(stage.seconds is None or stage.seconds > 0, f"{key}.seconds", stage.seconds, right)
     fewest = min([stage.updates, *getattr(stage, "updates_at", {}).values()])
     right = f"less than {fewest}, the fewest updates of a training here: lr would never be reached"
     require(stage.warmup == 0 or stage.warmup < fewest, f"{key}.warmup", stage.warmup, right)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewstep.lab import record
+from fewstep.lab.budget import updates_of
 from fewstep.lab.cluster import ledger, slurm
 from fewstep.lab.cluster.ledger import PROBE, Job, Submission
 from fewstep.lab.cluster.slurm import LIVE, Row
@@ -234,9 +235,9 @@ def trainings(stage: StageConfig, folder: Path) -> list[tuple[Path, int]]:
         return []
     steps = getattr(stage, "steps", None)
     if not steps:
-        return [(folder, stage.updates)]
-    at = getattr(stage, "updates_at", {})
-    return [(folder / f"steps_{count}", at.get(count, stage.updates)) for count in steps]
+        return [(folder, updates_of(folder, stage.updates))]
+    at, folders = getattr(stage, "updates_at", {}), {count: folder / f"steps_{count}" for count in steps}
+    return [(each, updates_of(each, at.get(count, stage.updates))) for count, each in folders.items()]
 
 
 def progress_of(stage: StageConfig, out: Path) -> Progress:

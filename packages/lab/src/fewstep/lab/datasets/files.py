@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,16 @@ class Published:
     load: Callable[[Path], tuple[Pair, Pair]]
 
 
+def _one_class(load: Callable[[Path], tuple[Pair, Pair]], folder: Path) -> tuple[Pair, Pair]:
+    """What `load` gives, all of it in class 0."""
+    (train, labels), (test, others) = load(folder)
+    return (train, torch.zeros_like(labels)), (test, torch.zeros_like(others))
+
+
 PUBLISHED = {
     "mnist": Published(28, 1, 10, 10_000, mnist.load),
     "cifar10": Published(32, 3, 10, 10_000, cifar10.load),
+    "cifar10_unconditional": Published(32, 3, 1, 10_000, partial(_one_class, cifar10.load)),
     "cifar10_jpeg": Published(32, 3, 10, 10_000, cifar10.load_jpeg),
 }
 

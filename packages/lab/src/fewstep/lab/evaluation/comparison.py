@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.lab.budget import updates_of
 from fewstep.lab.config import CompareConfig, HalveConfig, MomentsConfig, RatioTarget
 from fewstep.lab.evaluation.distances import Reference, describe
 from fewstep.lab.evaluation.plan import Draw
@@ -40,7 +41,7 @@ class Contestant:
 
 def training_of(folder: Path, stage: MomentsConfig | HalveConfig, steps: int) -> dict[str, Any]:
     """Updates of all networks together, those of the student, and seconds of the call that finished its training."""
-    updates = stage.updates_at.get(steps, stage.updates)
+    updates = updates_of(folder, stage.updates_at.get(steps, stage.updates))
     alternating = isinstance(stage, MomentsConfig) and stage.method == "alternating"
     seconds = float(json.loads((folder / "DONE").read_text())["seconds"])
     return {"updates": updates, "student_updates": updates // 2 if alternating else updates, "seconds": seconds}

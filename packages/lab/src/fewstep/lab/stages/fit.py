@@ -77,12 +77,24 @@ def _stored(ctx: StageContext, method: Method, order: Order) -> TargetStore | No
 
 
 def save_model(ctx: StageContext, denoiser: NetworkDenoiser, out: Path | None = None) -> None:
-    """Write `out/model` (the stage's own by default); by the first process alone, since all hold the same weights."""
+    """Write `out/model` (the stage's own by default), rounded where the config asks for it; by the first process alone,
+    since all hold the same weights.
+    """
+    if ctx.config.weights is not None:
+        round_weights(denoiser)
     if distributed.is_main():
         model = (out or ctx.out) / "model"
         save(denoiser.eval(), model)
         give_autoencoder(ctx.config, model)
     distributed.barrier()
+
+
+@torch.no_grad()
+def round_weights(denoiser: NetworkDenoiser) -> None:
+    """Round its weights to bfloat16, in place; they stay float32."""
+    for weight in denoiser.network.state_dict().values():
+        if weight.is_floating_point():
+            weight.copy_(weight.bfloat16())
 
 
 def finish(ctx: StageContext, student: NetworkDenoiser, out: Path, began: float) -> None:
