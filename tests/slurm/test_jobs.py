@@ -28,15 +28,24 @@ from slurm_cluster import (
 )
 from torch import Tensor
 
+from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.cli import main
 from fewstep.lab.cluster import slurm
-from fewstep.lab.cluster.monitor import Part, look
+from fewstep.lab.cluster.monitor import Part, at_work, look
 
 pytestmark = pytest.mark.slurm
 
 # Two stages in a row.
 GRAPH = [word for word in TEACHER if word != "~stages.guide"]
 SHORT = ["stages.teacher.updates=8", "stages.guide.updates=8", "stages.teacher.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose teacher is done."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    assert main(["run", str(ROOT / "experiments" / "digits"), *GRAPH, *SHORT, f"out={out}", "--until", "teacher"]) == 0
+    return out
 
 
 def live() -> list[slurm.Row]:
@@ -113,21 +122,28 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_second_submission_joins_and_another_config_is_refused(
+def test_a_second_submission_joins_another_config_is_refused_and_the_code_is_that_of_the_submission(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Broken: two jobs write into one folder; or two experiments of one name are mixed before either has begun.
-    out, held = tmp_path / "run", "+cluster.sbatch={hold: true}"
-    assert submit(out, held) == 0
+    # Broken: two jobs write into one folder; two experiments of one name are mixed before either has begun; or a job
+    # that waited runs code that was changed in the meantime.
+    out, held = tmp_path / "my runs", "+cluster.sbatch={hold: true}"
+    assert submit(out, *SHORT[:1], held) == 0
     sent = {row.id for row in live()}
     capsys.readouterr()
-    assert submit(out, held) == 0
+    assert submit(out, *SHORT[:1], held) == 0
     assert "nothing new was sent" in capsys.readouterr().out
-    assert submit(out, held, "stages.teacher.lr=0.5") == 2
+    assert submit(out, *SHORT[:1], held, "stages.teacher.lr=0.5") == 2
     said = capsys.readouterr().err
     assert "stages.teacher.lr=0.5" in said
     assert "0.001" in said
     assert job_of(out) in {row.id for row in live()} <= sent  # the probe may have ended
+    (copy,) = out.glob(".cluster/0001/code/fewstep/lab/stages/teacher.py")
+    copy.write_text(f"{copy.read_text()}\nprint('as it was copied')\n")
+    subprocess.run(["scontrol", "release", job_of(out)], check=True)
+    finished(out, "teacher")
+    (log,) = out.glob(".cluster/0001/jobs/*_log.out")
+    assert "as it was copied" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +165,7 @@ def test_what_the_site_refuses_is_said_in_its_own_words_and_leaves_nothing_queue
     assert [row for row in live() if row.state != "COMPLETING"] == []  # the probe may still be ending
 
 
-def test_a_folder_that_the_nodes_do_not_share_fails_the_probe(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_folder_that_the_nodes_do_not_share_fails_the_probe(cluster: Cluster, tmp_path: Path, teacher: Path) -> None:
     # Broken: every job fails without a word, since it cannot even write its log.
     private = tmp_path / "private"
     private.mkdir()
@@ -157,35 +173,34 @@ def test_a_folder_that_the_nodes_do_not_share_fails_the_probe(cluster: Cluster, 
     program = (
         "import json, sys; sys.path.insert(0, sys.argv[1])\n"
         "from slurm_cluster import settled\nfrom fewstep.lab.cli import main\nfrom pathlib import Path\n"
-        "assert main(['submit', *sys.argv[3:]]) == 0\n"
-        "parts = settled(Path(sys.argv[2]))\n"
-        "print(json.dumps({part.stage: [part.state, part.error] for part in parts.values()}))\n"
+        "assert main(['submit', *sys.argv[4:]]) == 0\n"
+        "array, site = Path(sys.argv[2]) / 'array', [word for word in sys.argv if word.startswith('cluster')]\n"
+        "sample = ['sample', '--model', sys.argv[3], '--steps', '1', '--num', '9', '--out', str(array)]\n"
+        "assert main([*sample, '--shards', '2', *site]) == 0\n"
+        "parts = [settled(out) for out in (Path(sys.argv[2]), array)]\n"
+        "print(json.dumps([{part.stage: [part.state, part.error] for part in each.values()} for each in parts]))\n"
     )
     script = f'mount -t tmpfs none "{private}" && exec "$@"'
-    places = [str(ROOT / "tests"), str(private / "run"), str(ROOT / "experiments" / "digits")]
+    model = str(teacher / "teacher" / "model")
+    places = [str(ROOT / "tests"), str(private / "run"), model, str(ROOT / "experiments" / "digits")]
     command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c", program, *places, *arguments]
     done = subprocess.run(command, text=True, capture_output=True)
     if "unshare" in done.stderr:
         pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stdout + done.stderr
-    states = json.loads(done.stdout.splitlines()[-1])
-    assert states["probe"][0] == "failed"
-    assert "cannot be read" in states["probe"][1]
-    assert states["teacher"] == ["cancelled", "probe: failed"]
+    for states in json.loads(done.stdout.splitlines()[-1]):
+        state, error = states.pop("probe")
+        assert state == "failed"
+        assert "cannot be read" in error
+        assert {state for state, _ in states.values()} == {"cancelled"}
+        assert next(iter(states.values()))[1] == "probe: failed"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose teacher is done."""
-    out = tmp_path_factory.mktemp("teacher") / "run"
-    assert main(["run", str(ROOT / "experiments" / "digits"), *GRAPH, *SHORT, f"out={out}", "--until", "teacher"]) == 0
-    return out
-
-
-def test_shards_of_targets_are_those_of_one_process_whoever_is_killed(
-    cluster: Cluster, tmp_path: Path, teacher: Path
+def test_shards_of_targets_are_those_of_one_process_whoever_is_killed_and_a_stage_trains_on_them(
+    cluster: Cluster, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Broken: an array repeats what is there, leaves holes, or its files depend on how many share the work.
+    # Broken: an array repeats what is there, leaves holes, or its files depend on how many share the work; or a job
+    # looks for them below another folder than the one in which it was submitted.
     common = ["targets", str(ROOT / "experiments" / "digits"), *GRAPH, *SHORT, f"out={teacher}"]
     common += ["--stage", "guide", "--chunk", "100"]
     one, many = tmp_path / "one", tmp_path / "many"
@@ -195,12 +210,15 @@ def test_shards_of_targets_are_those_of_one_process_whoever_is_killed(
     element = next(row.id for row in live() if row.state == "RUNNING")
     subprocess.run(["scontrol", "requeue", element], check=True)
     parts = settled_shards(many)
-    assert [part.state for part in parts] == ["done"] * 3, parts
+    assert [part.state for part in parts] == ["done"] * 4, parts  # the probe and three shards
     first, second = ({path.name: load_file(path) for path in out.glob("*/*.safetensors")} for out in (one, many))
     assert first.keys() == second.keys()
     assert len(first) == 14
     for name, tensors in first.items():
         assert torch.equal(tensors["images"], second[name]["images"]), name
+    monkeypatch.chdir(tmp_path)
+    assert submit(teacher, *SHORT, "stages.guide.targets=many", stages=GRAPH) == 0
+    finished(teacher, "guide")
 
 
 def test_shards_of_samples_are_the_images_of_one_process(cluster: Cluster, tmp_path: Path, teacher: Path) -> None:
@@ -210,10 +228,48 @@ def test_shards_of_samples_are_the_images_of_one_process(cluster: Cluster, tmp_p
     assert main([*common, "--out", str(one)]) == 0
     assert main([*common, "--out", str(many), "--shards", "2", *SITE]) == 0
     parts = settled_shards(many)
-    assert [part.state for part in parts] == ["done"] * 3, parts
+    assert [part.state for part in parts] == ["done"] * 4, parts
     first, second = (load_file(out / "samples.safetensors") for out in (one, many))
     assert torch.equal(first["images"], second["images"])
     assert torch.equal(first["seeds"], second["seeds"])
+
+
+def test_a_sharded_measurement_gives_the_figures_of_one_process_and_goes_on(
+    cluster: Cluster, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken: the figures of 50k samples depend on how many jobs measured; jobs look for relative paths elsewhere than
+    # the command would; a shard cut short counts; or `resume` makes anew what is there.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_classifier(Classifier(1, 10, width=8), tmp_path / "judge")
+    drawing = ["--model", str(teacher / "teacher" / "model"), "--steps", "2", "--chunk", "8"]
+    assert main(["sample", *drawing, "--num", "30", "--seed", "1", "--out", "reference"]) == 0
+    common = ["measure", *drawing, "--num", "60", "--features", "judge", "--reference", "reference/samples.safetensors"]
+    assert main([*common, "--out", "one"]) == 0
+    many = tmp_path / "many"
+    assert main([*common, "--out", "many", "--shards", "2", *SITE]) == 0
+    parts = settled_shards(many)
+    assert [part.state for part in parts] == ["done"] * 4, parts  # the probe, two shards, what collects them
+    assert [part.progress.total for part in parts[1:3]] == [48, 42]  # of 30 reference images and 60 samples, by 8
+    row = measured(tmp_path / "one")
+    assert row["fid"] > 0
+    assert measured(many) == row
+    cut, *rest = sorted(many.glob("features/*/*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-10])
+    (many / "results.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in rest}
+    until(lambda: at_work(many) is None, "jobs that are done do not leave the queue")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["resume", str(many), "cluster.time=30"]) == 0
+    parts = settled_shards(many)
+    assert [part.state for part in parts] == ["done"] * 3, parts  # no probe: nodes have written there
+    assert measured(many) == row
+    assert {path: path.stat().st_mtime_ns for path in rest} == before
+
+
+def measured(out: Path) -> dict[str, float]:
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    return {name: row[name] for name in ("fid", "is", "kid", "precision", "recall")}
 
 
 def settled_shards(out: Path) -> list[Part]:
