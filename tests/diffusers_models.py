@@ -50,6 +50,17 @@ def dit(**settings: Any) -> diffusers.DiTTransformer2DModel:
     return perturbed(diffusers.DiTTransformer2DModel(**(given | settings)), std=0.1).eval()
 
 
+def vae(**settings: Any) -> diffusers.AutoencoderKL:
+    """Images of 3 channels to latents of 4, f = 2."""
+    torch.manual_seed(0)
+    given: dict[str, Any] = {
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1, "sample_size": 16,
+        "scaling_factor": 0.5,
+    }  # fmt: skip
+    return perturbed(diffusers.AutoencoderKL(**(given | settings))).eval()
+
+
 MODELS = {"UNet2DModel": unet, "UNet2DConditionModel": text_unet, "DiTTransformer2DModel": dit}
 
 

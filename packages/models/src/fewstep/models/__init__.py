@@ -1,9 +1,11 @@
 """UNet and DiT denoisers with class and guidance-weight conditioning, saved with their settings."""
 
 from fewstep.models.autoencoder import Autoencoder, Posterior
+from fewstep.models.clip_encoder import ClipTextEncoder
 from fewstep.models.denoiser import GuidedDenoiser, NetworkDenoiser, with_guidance_input
 from fewstep.models.dit import DiT
 from fewstep.models.embedding import GuidanceEmbedding
+from fewstep.models.interchange.autoencoder import DiffusersAutoencoder, load_autoencoder
 from fewstep.models.interchange.exporting import to_diffusers
 from fewstep.models.interchange.importing import from_diffusers
 from fewstep.models.interchange.network import DiffusersNetwork
@@ -19,7 +21,9 @@ __all__ = [
     "Autoencoder",
     "BPETokenizer",
     "ByteTokenizer",
+    "ClipTextEncoder",
     "DiT",
+    "DiffusersAutoencoder",
     "DiffusersNetwork",
     "GuidanceEmbedding",
     "GuidedDenoiser",
@@ -32,6 +36,7 @@ __all__ = [
     "from_diffusers",
     "init_from",
     "load",
+    "load_autoencoder",
     "save",
     "to_diffusers",
     "with_guidance_input",

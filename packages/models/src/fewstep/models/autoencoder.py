@@ -78,6 +78,7 @@ class Autoencoder(nn.Module):
         ValueError: image_size does not halve that often.
     """
 
+    format = FORMAT
     shift: Tensor
     scale: Tensor
 
@@ -134,7 +135,7 @@ class Autoencoder(nn.Module):
             ValueError: images of another shape.
         """
         self._check(x, self.image_shape, "images")
-        mean, log_variance = self.encoder(x.to(memory_format=torch.channels_last)).chunk(2, dim=1)
+        mean, log_variance = self._moments(x.to(memory_format=torch.channels_last)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.float().clamp(*LOG_VARIANCES))
         return Posterior(((mean - self.shift) / self.scale).contiguous(), (std / self.scale).contiguous())
 
@@ -146,7 +147,16 @@ class Autoencoder(nn.Module):
         """
         self._check(z, self.latent_shape, "latents")
         inner = z.to(self.shift.dtype) * self.scale + self.shift
-        images: Tensor = self.decoder(inner.to(memory_format=torch.channels_last)).contiguous()
+        return self._images(inner.to(memory_format=torch.channels_last)).contiguous()
+
+    def _moments(self, x: Tensor) -> Tensor:
+        """Mean and log-variance, not normalised. Shape: (B, C, H, W) -> (B, 2 C', H / f, W / f)."""
+        moments: Tensor = self.encoder(x)
+        return moments
+
+    def _images(self, z: Tensor) -> Tensor:
+        """What `_moments` undoes. Shape: (B, C', H / f, W / f) -> (B, C, H, W)."""
+        images: Tensor = self.decoder(z)
         return images
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
@@ -170,7 +180,7 @@ class Autoencoder(nn.Module):
             FileExistsError: path is a file.
         """
         with new_folder(Path(path)) as folder:
-            write_folder(folder, FORMAT, {"autoencoder": self.config}, self.state_dict())
+            write_folder(folder, self.format, {"autoencoder": self.config}, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Autoencoder:
@@ -180,7 +190,7 @@ class Autoencoder(nn.Module):
             FileNotFoundError: the folder or one of its files is missing.
             ValueError: a file is damaged, of another kind, or does not fit.
         """
-        settings, weights = read_folder(Path(path), FORMAT)
+        settings, weights = read_folder(Path(path), cls.format)
         try:
             autoencoder = cls(**settings["autoencoder"])
             autoencoder.load_state_dict(weights)

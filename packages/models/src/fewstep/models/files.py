@@ -57,3 +57,12 @@ def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tens
     except (ValueError, TypeError, KeyError, AttributeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} holds no {kind} of this version: {error}") from None
     return settings, weights
+
+
+def format_of(folder: Path) -> str | None:
+    """The kind of what `write_folder` wrote there; None if it wrote nothing."""
+    try:
+        found = json.loads((folder / CONFIG).read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None

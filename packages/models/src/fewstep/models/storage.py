@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fewstep.models.clip_encoder import ClipTextEncoder
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.files import format_of
 from fewstep.models.network import Network, build_network
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.schedules import Trained, schedule_from_config
@@ -26,6 +28,7 @@ FORMAT = "fewstep-denoiser"
 VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TEXT_ENCODER = "text_encoder"
+ENCODERS: tuple[type[TextEncoder], ...] = (TextEncoder, ClipTextEncoder)
 KEYS = ("network", "schedule", "prediction", "time_input", "trained", "sha256")
 
 
@@ -113,7 +116,8 @@ def load(
 def _read_text_encoder(path: Path, digest: str | None) -> TextEncoder | None:
     if digest is None:
         return None
-    encoder = TextEncoder.load(path / TEXT_ENCODER)
+    kind = next((kind for kind in ENCODERS if format_of(path / TEXT_ENCODER) == kind.format), TextEncoder)
+    encoder = kind.load(path / TEXT_ENCODER)
     if encoder.digest != digest:
         raise ValueError(f"{path / TEXT_ENCODER} is not the text encoder that {CONFIG} describes (SHA-256 differs)")
     return encoder

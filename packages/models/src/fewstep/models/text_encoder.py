@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class TextEncoder(nn.Module):
     Raises:
         ValueError: heads do not divide width, or length is less than 2.
     """
+
+    format = FORMAT
 
     def __init__(self, tokenizer: Tokenizer, width: int = 64, depth: int = 2, heads: int = 4, length: int = 32) -> None:
         super().__init__()
@@ -115,8 +117,14 @@ class TextEncoder(nn.Module):
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of texts, got {prompts!r}")
-        found = {name: tensor.to(self.positions.device) for name, tensor in self.tokenize(prompts).items()}
-        return {"text": self(found["tokens"], found["text_mask"]), "text_mask": found["text_mask"]}
+        found = {name: tensor.to(self.device) for name, tensor in self.tokenize(prompts).items()}
+        text = {"text": self(found.pop("tokens"), found.get("text_mask"))}
+        return {**text, **found}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.positions.device
 
     @property
     def null_cond(self) -> dict[str, Tensor]:
@@ -132,7 +140,7 @@ class TextEncoder(nn.Module):
     @property
     def digest(self) -> str:
         """SHA-256 of weights, settings and tokenizer: two encoders are alike exactly when these are."""
-        header = {"format": FORMAT, "version": VERSION, "sha256": digest_of(self.state_dict())}
+        header = {"format": self.format, "version": VERSION, "sha256": digest_of(self.state_dict())}
         return hashlib.sha256(json.dumps(header | self._settings(), sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -142,7 +150,7 @@ class TextEncoder(nn.Module):
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, FORMAT, self._settings(), self.state_dict())
+        write_folder(folder, self.format, self._settings(), self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TextEncoder:
@@ -155,12 +163,17 @@ class TextEncoder(nn.Module):
         """
         folder = Path(path)
         try:
-            settings, weights = read_folder(folder, FORMAT)
-            encoder = cls(tokenizer_from_config(settings["tokenizer"]), **settings["encoder"])
+            settings, weights = read_folder(folder, cls.format)
+            encoder = cls.from_settings(settings)
             encoder.load_state_dict(weights)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ValueError(f"{folder} does not hold a text encoder: {error}") from None
         return encoder.to(device).eval()
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> TextEncoder:
+        """Freshly initialised, of what `save` wrote in config.json."""
+        return cls(tokenizer_from_config(settings["tokenizer"]), **settings["encoder"])
 
     def _settings(self) -> dict[str, Any]:
         return {"encoder": self.config, "tokenizer": self.tokenizer.to_config()}

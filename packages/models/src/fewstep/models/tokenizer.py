@@ -61,7 +61,7 @@ class BPETokenizer:
         """
         if size < 256 + RESERVED:
             raise ValueError(f"size={size}: must be at least {256 + RESERVED}, every byte and {RESERVED} reserved")
-        library = _library()
+        library = tokenizers_library()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = library.decoders.ByteLevel()
@@ -101,14 +101,19 @@ def tokenizer_from_config(config: Mapping[str, Any]) -> Tokenizer:
         return ByteTokenizer()
     if config.get("type") != "bpe":
         raise ValueError(f"tokenizer type {config.get('type')!r} is unknown: use 'bytes' or 'bpe'")
-    library = _library()
+    library = tokenizers_library()
     try:
         return BPETokenizer(library.Tokenizer.from_str(json.dumps(config.get("tokenizer"))))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer: not what the tokenizers library writes: {error}") from None
 
 
-def _library() -> Any:
+def tokenizers_library() -> Any:
+    """The library `tokenizers`.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra that brings it.
+    """
     try:
         import tokenizers
         import tokenizers.decoders
