@@ -32,6 +32,19 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build.build(["guided_update"], ("sm_90",))
 
 
+def test_a_toolkit_that_is_not_on_the_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's packages and images put nvcc into /usr/local/cuda and leave the path to the user."""
+    for name, value in (("PATH", str(tmp_path)), ("CUDA_HOME", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    monkeypatch.setattr(build, "TOOLKIT", tmp_path / "cuda")
+    find = build.nvcc.__wrapped__
+    assert find() is None
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    (tmp_path / "cuda/bin/nvcc").touch()
+    assert find() == tmp_path / "cuda/bin/nvcc"
+
+
 def test_a_change_of_anything_is_another_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stale kernel computes yesterday's numbers."""
     folder = tmp_path / "sources"

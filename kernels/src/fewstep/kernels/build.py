@@ -30,6 +30,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_90a", "sm_100")
+TOOLKIT = Path("/usr/local/cuda")                # where NVIDIA's packages put it, often without a place on $PATH
 FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC")
 _failures: dict[str, str] = {}
 
@@ -41,13 +42,13 @@ def operations() -> tuple[str, ...]:
 
 @functools.cache
 def nvcc() -> Path | None:
-    """Return CUDA's compiler: of $CUDA_HOME, of $PATH, or of the wheels from PyPI; None if there is none."""
-    wheels = (Path(p) / "bin/nvcc" for p in sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*")))
+    """Return CUDA's compiler: of $CUDA_HOME, $PATH, the wheels from PyPI, or where a toolkit stands; None without."""
+    wheels = [Path(p) / "bin/nvcc" for p in sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*"))]
     home = os.environ.get("CUDA_HOME")
     candidates = [Path(home) / "bin/nvcc"] if home else []
     found = shutil.which("nvcc")
     candidates += [Path(found)] if found else []
-    return next((path for path in (*candidates, *wheels) if path.is_file()), None)
+    return next((path for path in (*candidates, *wheels, TOOLKIT / "bin/nvcc") if path.is_file()), None)
 
 
 def absence(operation: str | None = None) -> str | None:
