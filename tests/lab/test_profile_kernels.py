@@ -58,6 +58,21 @@ def test_a_pick_holds_for_both_passes() -> None:
     assert line.speed_up() == 2.0
 
 
+def test_where_pytorchs_attention_is_picked_its_time_is_ours_and_our_kernels_are_told_apart() -> None:
+    """After dispatch nothing is slower than PyTorch; what our kernels alone would give must not hide behind that."""
+    pick = {**row("attention", "auto", 0.0), "picked": "triton"}
+    trained = {**row("attention", "auto", 0.0, "backward"), "picked": "reference"}
+    del pick["us"], trained["us"]
+    times = {"triton": 10.0, "eager": 8.0, "cudnn": 6.0}
+    rows = [row("attention", name, us, way) for name, us in times.items() for way in ("forward", "backward")]
+    forward, backward = lines([pick, trained, *rows])
+    assert forward.speed_up() == forward.own_speed_up() == pytest.approx(0.6)
+    assert backward.speed_up() == pytest.approx(0.75)
+    assert backward.own_speed_up() == pytest.approx(0.6)
+    cells = tables.comparison([pick, trained, *rows]).rows
+    assert ["attention", "backward", "own kernels alone, 0 of 1 won", *[""] * 8, "0.60×"] in cells
+
+
 def test_graphs_are_compared_with_graphs() -> None:
     """A replayed graph beside single launches would claim the graph's gain for the kernels."""
     times = {"eager": 40.0, "eager+graph": 20.0, "auto": 30.0, "auto+graph": 10.0}

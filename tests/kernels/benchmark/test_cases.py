@@ -1,12 +1,14 @@
 """Which cases there are, what they cost at least, and who computes them."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from fewstep.kernels import use_backend
 from fewstep.kernels.attention.shapes import SHAPES as ATTENTION
+from fewstep.kernels.backend import Choice
 from fewstep.kernels.benchmark import operations
 from fewstep.kernels.benchmark.case import BACKWARD, FORWARD, SIZES, Case
 from fewstep.kernels.benchmark.operations import all_cases, backends_of, chosen, number_of_sets, tasks
@@ -65,6 +67,17 @@ def test_names_are_unique_and_the_first_cases_are_of_all_operations(size: str) -
     assert {case.op for case in cases[:16]} == set(operations.operations())
     dtypes = {"tiny": {"fp32", "bf16"}, "cpu": {"fp32", "bf16", "fp16"}, "gpu": {"fp32", "bf16", "fp16"}}
     assert {case.dtype for case in cases} == dtypes[size]
+
+
+def test_a_run_cut_short_has_as_much_of_each_operation() -> None:
+    """All of one operation before the next would leave the last ones without a figure, as a first run has no more."""
+    cases = all_cases("gpu")
+    timed = [case for case in cases if case.timed]
+    assert all(case.timed for case in cases[: len(timed)])
+    totals = Counter(case.op for case in timed)
+    for share in (0.25, 0.5, 0.75):
+        so_far = Counter(case.op for case in timed[: int(share * len(timed))])
+        assert all(so_far[op] >= share * total - 4 for op, total in totals.items())
 
 
 def test_who_computes_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +151,22 @@ def test_the_cluster_tier_is_measured_as_if_the_table_named_it() -> None:
     with pytest.raises(RuntimeError, match="not available"), chosen(large, "cuda+cluster"):    # no GPU here
         pass
     assert vars(cuda_kernel)["tuned"] is before
+
+
+def test_what_auto_picks_is_asked_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is dispatched by whether it is trained: the pick of one would be reported as that of the other."""
+    case = find("attention", "adm64/8x8", "cpu", "fp32")
+
+    def explain(operation: str, q: torch.Tensor, *rest: object) -> Choice:
+        return Choice("reference" if torch.is_grad_enabled() and q.requires_grad else "triton", "preferred")
+
+    monkeypatch.setattr(operations.backend, "explain", explain)
+    monkeypatch.setattr(operations.backend, "arch", lambda index: "sm_90")
+    with use_backend("reference"):
+        forward, backward = operations._pick(case, CPU)
+    assert (forward["picked"], backward["picked"]) == ("triton", "reference")
+    assert (forward["pass"], backward["pass"]) == (FORWARD, BACKWARD)
+    assert {key: name.rsplit("x", 1)[-1] for key, name in forward["filed"].items()} == {
+        FORWARD: "inference", BACKWARD: "training",
+    }  # fmt: skip
+    assert "arch" not in backward                               # one row tells where the case is filed

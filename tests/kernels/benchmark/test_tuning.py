@@ -58,6 +58,24 @@ def test_a_wrong_backend_is_never_chosen(fault: dict[str, Any]) -> None:
     assert table(rows) == {NORM: {"sm_90": {"p": {"backend": "cuda"}}}}
 
 
+def test_a_backend_that_nobody_checked_is_never_chosen() -> None:
+    """A run whose time was up has times of kernels whose results it never looked at."""
+    rows = case(NORM, "a", alike("p"), {"triton": (1.0, 1.0), "cuda": (5.0, 5.0)})
+    del rows[2]["rel_err"]                                                   # triton's backward pass
+    assert table(rows) == {NORM: {"sm_90": {"p": {"backend": "cuda"}}}}
+
+
+def test_pytorchs_attention_is_chosen_where_it_is_faster() -> None:
+    """Our reference of attention is PyTorch's operator; of a norm it is slower than what PyTorch's users write."""
+    us = {"triton": (2.0, 9.0), "cuda": (3.0, 8.0), "eager": (1.0, 4.0), "flash": (0.5, 0.5)}
+    rows = case(ATTENTION, "a", {FORWARD: "i", BACKWARD: "t"}, us)
+    for row in rows:
+        if row["backend"] == "eager":
+            row["same_bits"] = False                                         # its backward pass has atomics
+    assert table(rows) == {ATTENTION: {"sm_90": {"i": {"backend": "reference"}, "t": {"backend": "reference"}}}}
+    assert table(case(NORM, "a", alike("p"), us)) == {NORM: {"sm_90": {"p": {"backend": "cuda"}}}}
+
+
 def test_a_setting_goes_with_its_backend() -> None:
     rows = case(NORM, "a", alike("p"), {"cuda": (5.0, 5.0), "cuda+cluster": (1.0, 1.0)})
     assert table(rows) == {NORM: {"sm_90": {"p": {"backend": "cuda", "cluster": True}}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import timeit
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from fewstep.kernels import available_backends, backend, use_backend
 from fewstep.kernels.benchmark import attention, ceilings, group_norm_silu, guided_update, layer_norm_modulate
 from fewstep.kernels.benchmark.case import BACKWARD, FORWARD, Case, Function, Inputs, directions_like, gradients
 from fewstep.kernels.benchmark.error import compare
-from fewstep.kernels.benchmark.task import CHECK, FIRST, TIME, Settings, Task
+from fewstep.kernels.benchmark.task import CHECK, FIRST, RIVAL, TIME, Settings, Task
 from fewstep.kernels.benchmark.timing import Calls, Timing, measure
 
 MODULES = (group_norm_silu, attention, guided_update, layer_norm_modulate)
@@ -26,7 +26,7 @@ PLAIN: dict[str, Function] = {
     layer_norm_modulate.OP: layer_norm_modulate.eager,
 }
 EAGER, COMPILE, AUTO = "eager", "compile", "auto"
-RIVALS = (EAGER, COMPILE, *attention.RIVALS)
+PYTORCHS = (attention.OP, attention.PACKED)      # operations whose reference is PyTorch's own operator
 BEYOND_CACHE = 3     # times the last-level cache: what inputs taken in turn amount to
 MOST_SETS = 48       # of inputs; small ones stay in the cache then, as they do in a network
 CACHE_BYTES = {"cuda": 60 << 20, "cpu": 16 << 20}
@@ -41,7 +41,8 @@ def tasks(settings: Settings) -> Iterator[Task]:
     offered = pairs(settings.size, device)
     wanted = [(case, name) for case, name in offered if settings.wants(case.op, case.shape, case.dtype, name)]
     for case, name in wanted:
-        yield Task(f"check {case.name} {name}", CHECK, partial(_check, case, name, settings))
+        kind = CHECK if name.split("+")[0] in OURS else RIVAL
+        yield Task(f"check {case.name} {name}", kind, partial(_check, case, name, settings))
     for case in {case.name: case for case, _ in wanted}.values():
         if case.timed and device.type == "cuda":
             yield Task(f"pick {case.name}", CHECK, partial(_pick, case, device))
@@ -61,10 +62,20 @@ def operations() -> list[str]:
 
 
 def all_cases(size: str) -> list[Case]:
-    """Cases of all operations, the first few of each before the rest of any: a run cut short has some of all."""
+    """Cases of all operations, in turn: a run that is cut short has as large a share of each.
+
+    The first few of each come before the rest of any, and those that are timed before those that are only checked.
+    """
     lists = [list({case.name: case for case in module.cases(size)}.values()) for module in MODULES]
     head = [case for found in lists for case in found[:4]]
-    return head + [case for found in lists for case in found[4:]]
+    timed, checked = ([[c for c in found[4:] if c.timed is wanted] for found in lists] for wanted in (True, False))
+    return head + in_turn(timed) + in_turn(checked)
+
+
+def in_turn(lists: Sequence[Sequence[Case]]) -> list[Case]:
+    """All of them, each list in its own order, at every point about as far along in one as in another."""
+    placed = [((i + 0.5) / len(found), case) for found in lists for i, case in enumerate(found)]
+    return [case for _, case in sorted(placed, key=lambda pair: pair[0])]
 
 
 def backends_of(case: Case, device: torch.device) -> list[str]:
@@ -115,13 +126,16 @@ def plain_pytorch() -> Iterator[None]:
 
 def _check(case: Case, name: str, settings: Settings) -> Iterator[dict[str, Any]]:
     function = function_of(case, name, COMPILERS[settings.size])
-    with chosen(case, name):
+    with chosen(case, name), _graphs_walked_again():
         for row in compare(case, function, torch.device(settings.device), poison=name.split("+")[0] in OURS):
             yield _identity(case, name) | row
 
 
 def _pick(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Which backend "auto" takes, why, what it costs to decide, and where the tuning table would say so."""
+    """Which backend "auto" takes for each pass, why, what deciding costs, and where the tuning table would say so.
+
+    Forward is a call without gradients. A backward pass runs where its forward pass, with gradients, was dispatched to.
+    """
     calls: list[tuple[Any, ...]] = []
     explain, inputs = backend.explain, case.inputs(device, 0)
 
@@ -135,16 +149,19 @@ def _pick(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     finally:
         backend.explain = explain
     call = calls[-1]
-    choice = explain(*call)
     microseconds = timeit.timeit(lambda: explain(*call), number=200) / 200 * 1e6
-    with torch.no_grad():
-        names = {FORWARD: backend.filed(*call)} if call[0] in backend._sizes else {}
-    if names and BACKWARD in case.costs:
-        names[BACKWARD] = backend.filed(*call)
-    yield _identity(case, AUTO) | {
-        "pass": FORWARD, "picked": choice.backend, "why": choice.why, "dispatch_us": microseconds,
-        "operation": call[0], "filed": names, "arch": backend.arch(device.index or 0),
-    }  # fmt: skip
+    choices: dict[str, backend.Choice] = {}
+    names: dict[str, str] = {}
+    for key in case.costs:
+        with torch.set_grad_enabled(key == BACKWARD):
+            choices[key] = explain(*call)
+            names |= {key: backend.filed(*call)} if call[0] in backend._sizes else {}
+    filed = {"operation": call[0], "filed": names, "arch": backend.arch(device.index or 0)}
+    for key, choice in choices.items():
+        yield _identity(case, AUTO) | {
+            "pass": key, "picked": choice.backend, "why": choice.why, "dispatch_us": microseconds,
+            **(filed if key == FORWARD else {}),
+        }  # fmt: skip
 
 
 def _time(case: Case, name: str, settings: Settings) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewstep.kernels.benchmark.operations import AUTO, OURS
+from fewstep.kernels.benchmark.case import FORWARD
+from fewstep.kernels.benchmark.operations import AUTO, EAGER, OURS, PYTORCHS
 from fewstep.kernels.benchmark.results import Row
 
 Place = tuple[str, str, str, str, str]  # op, pass, shape, dtype, layout
@@ -30,8 +31,12 @@ class Line:
     @property
     def ours(self) -> Row | None:
         """What "auto" picks; the faster of our fused backends, or our reference, where that is not known."""
-        if self.picked in self.rows:
-            return self.rows[str(self.picked)]
+        picked = [row for name, row in self.rows.items() if dispatched(self.place[0], name) == self.picked]
+        return picked[0] if picked else self.own
+
+    @property
+    def own(self) -> Row | None:
+        """The faster of our fused backends, our reference where there is none."""
         fused = [row for name, row in self.rows.items() if name in OURS[:2]]
         return fastest(fused or [row for name, row in self.rows.items() if is_ours(name)])
 
@@ -44,6 +49,15 @@ class Line:
         """How many times as fast ours is as a rival, the best one by default; None where either was not measured."""
         rival = self.best_rival if over is None else self.rows.get(over)
         return None if rival is None or self.ours is None else float(rival["us"] / self.ours["us"])
+
+    def own_speed_up(self) -> float | None:
+        """The same of our own kernels, whatever "auto" picks."""
+        return None if self.best_rival is None or self.own is None else float(self.best_rival["us"] / self.own["us"])
+
+
+def dispatched(op: str, backend: str) -> str:
+    """As what dispatch knows it: where our reference is PyTorch's operator, PyTorch's row is that of the reference."""
+    return "reference" if backend == EAGER and op in PYTORCHS else backend
 
 
 def is_ours(backend: str) -> bool:
@@ -64,12 +78,14 @@ def place_of(row: Mapping[str, Any]) -> Place:
 def lines(rows: Iterable[Row]) -> list[Line]:
     """Timed rows by case and pass, in the order in which the cases first appear."""
     rows = list(rows)
-    picked = {tuple(v for i, v in enumerate(place_of(r)) if i != 1): r["picked"] for r in rows if "picked" in r}
+    picked = {place_of(row): row["picked"] for row in rows if "picked" in row}
     found: dict[Place, dict[str, Row]] = {}
     for row in rows:
         if "us" in row:
             found.setdefault(place_of(row), {})[row["backend"]] = row
-    return [Line(place, by, picked.get((place[0], *place[2:]))) for place, by in found.items()]
+    return [
+        Line(place, by, picked.get(place, picked.get((place[0], FORWARD, *place[2:])))) for place, by in found.items()
+    ]
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, CHECK, TIME = "first", "check", "time"  # kinds: ceilings alone on the device; checks in parallel; times alone
+# Kinds: ceilings alone on the device; checks of ours, and of PyTorch's, in parallel; times alone.
+FIRST, CHECK, RIVAL, TIME = "first", "check", "rival", "time"
 
-KINDS = (FIRST, CHECK, TIME)
+KINDS = (FIRST, CHECK, RIVAL, TIME)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
         size: one of `case.SIZES`.
         ops, shapes, dtypes, backends: what is wanted: an op, dtype or backend by its name, a shape by a part of it;
             empty for all.
+        without: backends to leave out, with all of their variants.
     """
 
     device: str
@@ -37,9 +39,10 @@ class Settings:
     shapes: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def wants(self, op: str, shape: str, dtype: str, backend: str) -> bool:
         """Whether that is among what is wanted."""
         named = ((self.ops, op), (self.dtypes, dtype), (self.backends, backend))
-        fits = all(not some or value in some for some, value in named)
+        fits = all(not some or value in some for some, value in named) and backend.split("+")[0] not in self.without
         return fits and (not self.shapes or any(part in shape for part in self.shapes))

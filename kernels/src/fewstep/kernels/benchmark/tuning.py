@@ -5,7 +5,8 @@
 
 A call that is not differentiated is filed by its forward pass, one that is by forward and backward together. Where
 several shapes share a place, since sizes are rounded there, the least geometric mean wins. A backend that gave a wrong
-result anywhere in a place, or was not timed on all of its shapes, has no part in it.
+result anywhere in a place, or was not checked and timed on all of its shapes, has no part in it. Where the reference is
+PyTorch's own operator (attention), that one has a part.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from fewstep.kernels.benchmark.case import BACKWARD, FORWARD
 from fewstep.kernels.benchmark.operations import OURS
 from fewstep.kernels.benchmark.results import Row, read
-from fewstep.kernels.benchmark.summary import geometric_mean, wrong
+from fewstep.kernels.benchmark.summary import dispatched, geometric_mean, wrong
 
 TABLE = Path(__file__).parents[1] / "tuning.json"
 Table = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -33,10 +34,12 @@ def table(rows: Iterable[Row]) -> Table:
     times: dict[Case, dict[str, dict[str, float]]] = {}
     spoiled: dict[Case, set[str]] = {}
     for row in rows:
+        backend = dispatched(row["op"], row["backend"])
         if wrong(row) is not None:
-            spoiled.setdefault(_case(row), set()).add(row["backend"])
-        if "us" in row and row["backend"].split("+")[0] in OURS:
-            times.setdefault(_case(row), {}).setdefault(row["backend"], {})[row["pass"]] = float(row["us"])
+            spoiled.setdefault(_case(row), set()).add(backend)
+        is_known = "rel_err" in row or backend == "reference"
+        if "us" in row and is_known and backend.split("+")[0] in OURS:
+            times.setdefault(_case(row), {}).setdefault(backend, {})[row["pass"]] = float(row["us"])
     shared: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     for row in rows:
         for name, total in _totals(row, times.get(_case(row), {}), spoiled.get(_case(row), set())):

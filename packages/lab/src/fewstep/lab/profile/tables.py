@@ -75,9 +75,13 @@ def comparison(rows: Sequence[Row]) -> Table:
     marks = {(i, 11): "good" if (line.speed_up() or 0) >= 1 else "bad" for i, line in enumerate(found)}
     groups.add(len(body))
     for op, name in dict.fromkeys(line.place[:2] for line in found):
-        speed_ups = [s for line in found if line.place[:2] == (op, name) and (s := line.speed_up()) is not None]
-        mean = f"geometric mean of {len(speed_ups)}"
-        body.append([op, name, mean, *[""] * 8, times(geometric_mean(speed_ups))])
+        group = [line for line in found if line.place[:2] == (op, name)]
+        mean = f"geometric mean of {len(group)}"
+        body.append([op, name, mean, *[""] * 8, times(geometric_mean(line.speed_up() or 1.0 for line in group))])
+        own = [s for line in group if (s := line.own_speed_up()) is not None]
+        if own and any(line.own is not line.ours for line in group):
+            won = f"own kernels alone, {sum(s >= 1 for s in own)} of {len(own)} won"
+            body.append([op, name, won, *[""] * 8, times(geometric_mean(own))])
     return Table(header, body, text_columns=6, groups=frozenset(groups), marks=marks)
 
 
