@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from fewstep.kernels.benchmark.task import CHECK, TIME, Settings, Task
 
 
@@ -31,6 +33,11 @@ def spoiled(name: str) -> Iterator[dict[str, Any]]:
     yield row(name)
 
 
+def full(name: str) -> Iterator[dict[str, Any]]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+    yield row(name)
+
+
 def crash(name: str) -> Iterator[dict[str, Any]]:
     yield row(name, us=10.0)
     sys.stdout.flush()
@@ -43,7 +50,7 @@ def hang(name: str) -> Iterator[dict[str, Any]]:
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
-    runs = {"good": good, "broken": broken, "spoiled": spoiled, "crash": crash, "hang": hang}
+    runs = {"good": good, "broken": broken, "spoiled": spoiled, "full": full, "crash": crash, "hang": hang}
     for name in settings.ops:
         kind = TIME if name.startswith("late") else CHECK
         run = runs[name.split("_")[-1]]

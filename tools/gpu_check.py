@@ -9,14 +9,15 @@ the same on a CPU with tiny shapes, Triton kernels in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ CLOSING = 8.0            # seconds of the clock kept for what comes after the la
 LONGEST = 120.0          # seconds for one task: compiling a whole network takes most
 # Shares of the clock. Checks also fill the compilers' caches, by many processes at once, so that timing need not wait.
 CHECKS, FIRST_TIMES, NETWORK_TIMES = 0.34, 0.22, 0.30
-COMPILERS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}, {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+ONE_BY_ONE, BY_FOUR = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}, {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
 
 
 def main() -> int:
@@ -120,56 +121,86 @@ def dry(run: Run, modules: list[str]) -> bool:
 def measure(run: Run, modules: list[str], seconds: float) -> bool:
     """Ceilings; checks by many processes, tests/gpu beside them; times, one by one. Returns whether tests failed."""
     from fewstep.kernels.benchmark.runner import Stage
-    from fewstep.kernels.benchmark.task import CHECK, FIRST, TIME
+    from fewstep.kernels.benchmark.task import CHECK, FIRST, KINDS, RIVAL, TIME
 
-    workers = max(1, (os.cpu_count() or 1) // 2)
-    build = subprocess.Popen([sys.executable, "-m", "fewstep.kernels.build"], stderr=subprocess.DEVNULL)
+    build = start_build(run)
     run.walk(Stage(OPERATIONS, (FIRST,), 1, 60.0))
-    with contextlib.suppress(subprocess.TimeoutExpired):       # without nvcc it ends at once, and CUDA is left out
-        build.wait(BUILDING)
-    build.kill()
-    tests = Tests(min(run.deadline, time.monotonic() + CHECKS * seconds))
-    share = (workers, max(1, workers // 2))
-    run.walk(*(
-        Stage(module, (CHECK,), count, CHECKS * seconds, environment)
-        for module, count, environment in zip(modules, share, COMPILERS, strict=False)
-    ))
-    failed = tests.failed()
-    run.walk(Stage(OPERATIONS, (TIME,), 1, FIRST_TIMES * seconds, COMPILERS[1]))
+    if build is not None:
+        finish_build(run, build)
+    checks, workers = CHECKS * seconds, max(4, os.cpu_count() or 1)
+    # The tests that repeat the checks are left out.
+    tests = Process(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not float64", "tests/gpu"])
+    end = min(run.deadline, time.monotonic() + checks)
+    run.walk(
+        Stage(OPERATIONS, (CHECK,), workers // 2, checks, ONE_BY_ONE),
+        Stage(OPERATIONS, (RIVAL,), workers // 4, checks, ONE_BY_ONE),
+        *(Stage(module, (CHECK, RIVAL), max(1, workers // 5), checks, BY_FOUR) for module in modules[1:]),
+    )
+    failed = tests_failed(tests, max(1.0, end - time.monotonic()))
+    run.walk(Stage(OPERATIONS, (TIME,), 1, FIRST_TIMES * seconds, BY_FOUR))
     for module in modules[1:]:
-        run.walk(Stage(module, (TIME,), 1, NETWORK_TIMES * seconds, COMPILERS[1]))
+        run.walk(Stage(module, (TIME,), 1, NETWORK_TIMES * seconds, BY_FOUR))
     for module in modules:
-        run.walk(Stage(module, (TIME,), 1, seconds, COMPILERS[1]))
+        run.walk(Stage(module, (TIME,), 1, seconds, BY_FOUR))
+    for module in modules:
+        run.walk(Stage(module, KINDS, 1, seconds, BY_FOUR))    # what there was no time or no memory for
     return failed
 
 
-class Tests:
-    """tests/gpu in a process of its own, where pytest is there."""
+def start_build(run: Run) -> Process | None:
+    """Begin to compile the CUDA kernels for this GPU; None, and why, if that cannot be done here."""
+    from fewstep.kernels import build
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    if (reason := build.absence()) is None:
+        return Process(["-m", "fewstep.kernels.build"])
+    print(f"gpu-check: CUDA kernels are left out: {reason}", flush=True)
+    return None
+
+
+def finish_build(run: Run, build: Process) -> None:
+    """Wait for the compilers; if they fail, print their words and leave CUDA out, so that not every worker tries."""
+    code = build.wait(BUILDING)
+    if code == 0:
+        return
+    print(build.words(), flush=True)
+    run.fail("build cuda", f"{BUILDING:.0f} s were not enough" if code is None else "the CUDA kernels do not compile")
+    run.settings = replace(run.settings, without=("cuda",))
+
+
+def tests_failed(tests: Process, seconds: float) -> bool:
+    """Wait for tests/gpu and print how they ended, or how far they came."""
+    if importlib.util.find_spec("pytest") is None:
+        print("gpu-check: tests/gpu is left out: no pytest here")
+        return False
+    code = tests.wait(seconds)
+    print(tests.words(), flush=True)
+    if code is None:
+        print("gpu-check: tests/gpu did not finish in time")
+    return code not in (0, None)
+
+
+class Process:
+    """A Python process of its own, in the root of the checkout, whose output is kept."""
+
+    def __init__(self, arguments: list[str]) -> None:
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-        there = importlib.util.find_spec("pytest") is not None
-        self.process = None if not there else subprocess.Popen(
-            command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT, process_group=0
         )
 
-    def failed(self) -> bool:
-        """Wait for them and print how they ended."""
-        if self.process is None:
-            print("gpu-check: tests/gpu is left out: no pytest here")
-            return False
+    def wait(self, seconds: float) -> int | None:
+        """Its exit status; None if it had to be ended, with all that it started."""
         try:
-            code = self.process.wait(max(1.0, self.deadline - time.monotonic()))
+            return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            print("gpu-check: tests/gpu did not finish in time")
-            return False
+            return None
+
+    def words(self) -> str:
+        """The last lines that it wrote."""
         self.output.seek(0)
-        print("".join(self.output.readlines()[-15:]), flush=True)
-        return code != 0
+        return "".join(self.output.readlines()[-25:])
 
 
 def complaints(run: Run) -> list[str]:
@@ -187,14 +218,18 @@ def report(results: Results) -> str:
     """How many times as fast ours is as the best of PyTorch's: geometric means over shapes, per operation and pass."""
     from fewstep.kernels.benchmark.summary import geometric_mean, lines
 
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for line in lines(results.rows.values()):
         if (speed_up := line.speed_up()) is not None:
-            found.setdefault(line.place[:2], []).append(speed_up)
-    return "\n".join(
-        f"{op} {name}: {geometric_mean(values):.2f} x the best of PyTorch's, slowest {min(values):.2f} x, "
-        f"{len(values)} shapes" for (op, name), values in found.items()
-    )
+            found.setdefault(line.place[:2], []).append((speed_up, line.own_speed_up() or 0.0))
+    said = []
+    for (op, name), pairs in found.items():
+        picked, own = zip(*pairs, strict=True)
+        said.append(
+            f"{op} {name}: {geometric_mean(picked):.2f} x the best of PyTorch's, slowest {min(picked):.2f} x, "
+            f"{len(picked)} shapes, own kernels won {sum(s >= 1 for s in own)}"
+        )
+    return "\n".join(said)
 
 
 if __name__ == "__main__":

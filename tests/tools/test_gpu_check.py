@@ -1,22 +1,27 @@
 """tools/gpu_check.py: the dry run goes through all that a GPU run does; a killed run keeps its rows."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from fewstep.kernels.benchmark import operations
-from fewstep.kernels.benchmark.results import KEY, read
+from fewstep.kernels.benchmark.results import KEY, Results, read
+from fewstep.kernels.benchmark.runner import Run
 from fewstep.kernels.benchmark.summary import is_ours, wrong
+from fewstep.kernels.benchmark.task import Settings
 from fewstep.lab.profile import end_to_end
 
 TOOL = Path(__file__).parents[2] / "tools/gpu_check.py"
+MADE = {"device": "d", "versions": {}, "commit": "c"}
 DRY = ["--dry-run", "--minutes", "20"]           # on a busy machine; alone it takes well under one
 
 
@@ -77,6 +82,68 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
     process.wait()
     assert len(json.loads(path.read_text())["rows"]) >= 4
     assert all(set(KEY) <= set(row) for row in read(path)["rows"])
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tool as a module, with tasks that need no GPU."""
+    spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("PYTHONPATH", str(TOOL.parents[1] / "tests"))
+    monkeypatch.setattr(module, "OPERATIONS", "benchmark_tasks")
+    monkeypatch.setattr(module, "BUILDING", 1.0)
+    monkeypatch.setattr("fewstep.kernels.build.absence", lambda: None)
+    return module
+
+
+def run_of(folder: Path, *names: str) -> Run:
+    settings, results = Settings("cpu", "tiny", ops=names), Results(folder / "r.json", MADE)
+    return Run(settings, results, time.monotonic() + 300, 60.0, print)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_gpu_goes_through_its_stages(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a dry run leaves out: compilers before the checks, tests beside them, what was left over last."""
+    code = {"fewstep.kernels.build": "print('compiling')", "pytest": "print('1 failed'); exit(1)"}
+    start = check.Process
+    monkeypatch.setattr(check, "Process", lambda arguments: start(["-c", code[arguments[1]]]))
+    run = run_of(tmp_path, "a_good", "b_full", "late_good")
+    assert check.measure(run, ["benchmark_tasks"], 300.0)          # tests failed
+    assert {key[0] for key in run.results.rows} == {"a_good", "late_good"}
+    assert run.failed == ["b_full triton"]                         # once beside others, and once more alone
+    assert run.settings.without == ()
+    assert "1 failed" in capsys.readouterr().out
+
+
+COMPILERS = {
+    "fail": ("print('ptxas: no'); exit(1)", "ptxas: no", "the CUDA kernels do not compile"),
+    "hang": ("import time; print('one of two', flush=True); time.sleep(600)", "one of two", "1 s were not enough"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILERS)
+def test_cuda_that_does_not_compile_is_tried_once(
+    kind: str, check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else each of the workers would try, for the rest of the run, and nobody would learn why it fails."""
+    code, words, note = COMPILERS[kind]
+    run = run_of(tmp_path)
+    check.finish_build(run, check.Process(["-c", code]))
+    assert run.settings.without == ("cuda",)
+    assert check.complaints(run) == [f"build cuda: {note}"]
+    assert words in capsys.readouterr().out
+
+
+def test_a_backend_left_out_leaves_its_variants_too() -> None:
+    """Each task of CUDA kernels that do not compile would have its process compile them anew."""
+    settings = Settings("cuda", "gpu", without=("cuda",))
+    wanted = [settings.wants("x", "s", "bf16", name) for name in ("cuda", "cuda+cluster", "triton", "eager")]
+    assert wanted == [False, False, True, True]
 
 
 def test_an_unknown_operation_is_one_line_that_names_the_known(tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def test_a_stage_that_ran_out_leaves_its_tasks_to_a_later_one(tmp_path: Path) ->
     assert {key[0] for key in run.results.rows} == {"a_good", "late_good", "b_good"}
 
 
+def test_a_task_without_memory_beside_others_is_done_again_alone(tmp_path: Path) -> None:
+    """Checks share the device by many processes: the largest shapes would be wrong for no fault of theirs."""
+    run = run_of(tmp_path / "results.json", "a_full", "b_good")
+    run.walk(stage(workers=2))
+    assert run.failed == []
+    assert run.done == {"b_good triton"}
+    run.walk(stage())
+    assert run.failed == ["a_full triton"]                         # alone, and still too large: once is enough
+    assert "OutOfMemoryError" in run.results.notes["a_full triton"]
+    run.walk(stage())
+    assert run.failed == ["a_full triton"]
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers inherit the path on which the tasks are found."""

@@ -24,6 +24,7 @@ from fewstep.kernels.benchmark.case import (
 
 SEED = 20_221_003
 SAMPLES = 2  # of a batch, compared in float64: the others are computed alike, and float64 is slow and large
+LARGE = 10**11  # operations of a sample whose float64 scores alone fill gigabytes: one is compared
 # Bounds on the relative error, above what one rounding of every result gives and below what a wrong formula or a
 # product in too few digits (tf32: 3e-4) does.
 LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 2e-5}
@@ -82,12 +83,18 @@ def _results(case: Case, function: Function, inputs: Inputs) -> tuple[dict[str, 
     return found | {BACKWARD: gradients(outputs, inputs, directions)}, directions
 
 
+def samples(case: Case, inputs: Inputs) -> int:
+    """How many samples of a batch are compared."""
+    return 1 if case.costs[FORWARD].flops > LARGE * len(inputs[0]) else SAMPLES
+
+
 def _exact(case: Case, inputs: Inputs, directions: list[Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """The same in float64 by the reference, for the first samples.
 
     Gradients of what all samples share come last; they are left out where there are more samples than that.
     """
-    few = [x[:SAMPLES] if i < case.samples else x for i, x in enumerate(inputs)]
+    count = samples(case, inputs)
+    few = [x[:count] if i < case.samples else x for i, x in enumerate(inputs)]
     wide = tuple(
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in few
     )
@@ -96,6 +103,6 @@ def _exact(case: Case, inputs: Inputs, directions: list[Tensor]) -> dict[str, tu
     found = {FORWARD: tuple(y.detach() for y in as_tuple(outputs))}
     if BACKWARD not in case.costs:
         return found
-    grads = gradients(outputs, wide, [d[:SAMPLES].double() for d in directions])
-    shared = len(differentiable(inputs[case.samples :])) if len(inputs[0]) > SAMPLES else 0
+    grads = gradients(outputs, wide, [d[:count].double() for d in directions])
+    shared = len(differentiable(inputs[case.samples :])) if len(inputs[0]) > count else 0
     return found | {BACKWARD: grads[: len(grads) - shared]}

@@ -19,6 +19,7 @@ from fewstep.kernels.benchmark.results import Results
 from fewstep.kernels.benchmark.task import Settings, Task
 
 LEFT = "not measured: the time of the run was up"
+OUT_OF_MEMORY = "OutOfMemoryError"  # torch's
 PATIENCE = 10.0  # seconds that a worker gets to end by itself
 
 
@@ -51,6 +52,7 @@ class Run:
         say: told of every row and every failure, in a line.
         failed: names of tasks that came to an error.
         done: names of tasks that were begun and not lost to the clock.
+        crowded: names of tasks that found too little memory beside others; a later stage may do them once more.
     """
 
     settings: Settings
@@ -60,6 +62,7 @@ class Run:
     say: Callable[[str], None]
     failed: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    crowded: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def walk(self, *stages: Stage) -> None:
@@ -115,17 +118,22 @@ class Run:
     def _take(self, name: str, message: Mapping[str, Any]) -> None:
         if "row" in message:
             self.say(line_of(self.results.add(message["row"])))
+        elif OUT_OF_MEMORY in message["error"] and name not in self.crowded:
+            self.crowded.add(name)
+            self.done.discard(name)
+            self.say(f"{name}: {OUT_OF_MEMORY}, perhaps beside others")
         else:
-            self._fail(name, message["error"])
+            self.fail(name, message["error"])
 
     def _lose(self, name: str, worker: Worker, seconds: float, stopped: bool, last: bool) -> None:
         """A worker ended in the midst of a task; if for the stage's clock alone, a later stage may do it."""
         if stopped and last:
             self.done.discard(name)
         else:
-            self._fail(name, f"stopped after {seconds:.0f} s" if stopped else f"its process ended: {worker.code()}")
+            self.fail(name, f"stopped after {seconds:.0f} s" if stopped else f"its process ended: {worker.code()}")
 
-    def _fail(self, name: str, text: str) -> None:
+    def fail(self, name: str, text: str) -> None:
+        """Note that a task came to an error, and which."""
         self.failed.append(name)
         self.results.note(name, text)
         self.say(f"{name}: {text}")

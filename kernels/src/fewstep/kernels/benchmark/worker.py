@@ -15,6 +15,8 @@ import sys
 import warnings
 from typing import Any, TextIO
 
+import torch
+
 from fewstep.kernels.benchmark.task import Settings, Task
 
 
@@ -42,6 +44,8 @@ def _do(task: Task, out: TextIO) -> str | None:
         text = one_line(error)
         _say(out, error=text)
         return text
+    finally:
+        torch.cuda.empty_cache()   # others share the device; does nothing without one
     return None
 
 
