@@ -338,6 +338,18 @@ def test_the_config_that_was_submitted_comes_back_whole(tmp_path: Path, debug_co
     assert record.first_change(config, changed) == ("stages.teacher.lr", config.stages["teacher"].lr, 0.5)
 
 
+@pytest.mark.parametrize("text", ["later: 3\n", "stages: [\n", "stages: {teacher: {kind: unheard_of}}\n", "- 1\n"])
+def test_a_config_of_another_version_is_one_line(
+    tmp_path: Path, debug_config: Config, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submission = submitted(tmp_path, debug_config, "teacher")
+    (submission.folder / "config.yaml").write_text(text)
+    assert main(["resume", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{submission.folder / 'config.yaml'}: not a config of this version" in said
+    assert said.count("\n") == 1
+
+
 def test_processes_meet_without_a_port_being_chosen_beforehand(tmp_path: Path) -> None:
     # Broken: two jobs on a node draw the same port.
     met: list[TCPStore] = []

@@ -5,6 +5,7 @@ Files are whole or absent and the same whoever makes them, so elements need no f
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def submit_shards(
             if then is not None:
                 last = [ShardJob(str(submission.folder), then, 0, 1, *limits)]
                 send(submission, cluster, then.stage, last, [sent.id], sharded=True)
-    console.print(f"{sent.stage}  job {sent.id}, {shards} shards\nfewstep status {out}", markup=False)
+    said = f"{sent.stage}  job {sent.id}, {shards} shards\nfewstep status {shlex.quote(str(out))}"
+    console.print(said, markup=False, soft_wrap=True)
     return 0
 
 

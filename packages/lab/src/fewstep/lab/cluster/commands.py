@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ def _send(config: Config, console: Console) -> int:
         console.print(f"{config.out}: submission {submission.number} is at work on it; nothing new was sent")
     for job in submission.jobs:
         console.print(f"{job.stage}  job {job.id}", markup=False)
-    console.print(f"fewstep status {config.out}", markup=False)
+    console.print(f"fewstep status {shlex.quote(config.out)}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -134,7 +135,8 @@ def cancel(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{args.run}: no job of it is queued or running")
         return 0
     ended = _end(submission)
-    console.print(f"{args.run}: cancelled {', '.join(ended)}; `fewstep resume {args.run}` goes on from there")
+    again = f"`fewstep resume {shlex.quote(str(args.run))}` goes on from there"
+    console.print(f"{args.run}: cancelled {', '.join(ended)}; {again}", markup=False, soft_wrap=True)
     return 0
 
 

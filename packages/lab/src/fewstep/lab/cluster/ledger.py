@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.compose import typed
@@ -148,9 +150,17 @@ def write_config(submission: Submission, config: Config) -> None:
 
 
 def read_config(submission: Submission) -> Config:
-    """The config that was submitted, typed and checked anew."""
-    loaded = OmegaConf.load(submission.folder / "config.yaml")
-    tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), loaded))
-    for name, stage in tree.stages.items():
-        tree.stages[name] = OmegaConf.merge(OmegaConf.structured(STAGES[stage.kind]), stage)
+    """The config that was submitted, typed and checked anew.
+
+    Raises:
+        ConfigError: its file is damaged, or of a version that had other keys.
+    """
+    path = submission.folder / "config.yaml"
+    try:
+        tree = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        for name, stage in tree.stages.items():
+            tree.stages[name] = OmegaConf.merge(OmegaConf.structured(STAGES[stage.kind]), stage)
+    except (OmegaConfBaseException, YAMLError, AttributeError, KeyError) as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not a config of this version of fewstep ({words}); submit again") from error
     return typed(tree)
