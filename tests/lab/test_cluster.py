@@ -28,7 +28,7 @@ from fewstep.lab.cluster.slurm import Row
 from fewstep.lab.cluster.submit import parameters, patient
 from fewstep.lab.cluster.table import table
 from fewstep.lab.config import Config, ConfigError
-from fewstep.lab.progress import teller
+from fewstep.lab.progress import PROGRESS, teller
 from fewstep.lab.runner import locked
 
 KEY = "abcd1234"
@@ -154,16 +154,17 @@ def test_a_row_for_each_shard_says_how_far_it_is_and_which_of_them_failed(
     assert (collect.state, collect.error) == ("cancelled", "sample 2: failed")
 
 
-def test_what_a_teller_writes_is_what_status_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    submission = ledger.new(tmp_path, "slurm")
-    submission.jobs = [Job("sample", "7", "a", shards=1)]
-    submission.save()
-    tell = teller(submission.logs / "sample.0.jsonl")
-    tell(0, 30)
-    tell(10, 30)
-    monkeypatch.setattr(slurm, "queue", lambda: [row("RUNNING", "a", "7")])
-    (part,) = monitor.look(tmp_path)
-    assert (part.progress.done, part.progress.total) == (10, 30)
+def test_a_stage_that_samples_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, debug_config: Config
+) -> None:
+    submitted(tmp_path, debug_config, "evaluate")
+    (tmp_path / "evaluate").mkdir()
+    tell = teller(tmp_path / "evaluate" / PROGRESS)
+    tell(0, 160)
+    tell(40, 160)
+    monkeypatch.setattr(slurm, "queue", lambda: [row("RUNNING", f"fewstep:run:evaluate:{KEY}")])
+    part = {part.stage: part for part in monitor.look(tmp_path)}["evaluate"]
+    assert (part.state, part.progress.done, part.progress.total) == ("running", 40, 160)
 
 
 def test_near_its_limit_a_job_requeues_itself_whatever_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

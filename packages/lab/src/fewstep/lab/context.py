@@ -9,9 +9,11 @@ import torch
 from rich.console import Console
 
 from fewstep.lab.config import Config
+from fewstep.lab.progress import PROGRESS, Tell, teller
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Of `stopping`: nobody asks to."""
     return False
 
 
@@ -37,10 +39,15 @@ class StageContext:
     out: Path
     device: torch.device
     console: Console = field(default_factory=Console)
-    stopping: Callable[[], bool] = _never
+    stopping: Callable[[], bool] = never
     fence: Callable[[], None] = unfenced
     instead: Callable[[Any, int], None] | None = None
     strict: bool = False
+
+    @property
+    def tell(self) -> Tell:
+        """Says how far sampling is, for `fewstep status`."""
+        return teller(self.out / PROGRESS)
 
     def inputs_of_kind(self, *kinds: str) -> dict[str, Path]:
         """The inputs whose stage is of such a kind ("teacher", "guide", "halve", ...), in the order of `needs`."""

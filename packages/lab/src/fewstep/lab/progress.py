@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Tell = Callable[[int, int], None]  # (pieces that are there, of how many)
+PROGRESS = "progress.jsonl"  # where a stage that samples tells how far it is
 QUIET = 15.0  # seconds between lines where there is no terminal for a bar
 
 

@@ -18,6 +18,7 @@ from fewstep.lab.cluster import ledger, slurm
 from fewstep.lab.cluster.ledger import PROBE, Job, Submission
 from fewstep.lab.cluster.slurm import LIVE, Row
 from fewstep.lab.config import ConfigError, StageConfig, TrainingConfig
+from fewstep.lab.progress import PROGRESS
 
 DONE, RUNNING, PENDING, UNKNOWN = "done", "running", "pending", "unknown"
 FAILED, CANCELLED, LOST = "failed", "cancelled", "lost"
@@ -29,7 +30,9 @@ RECENT = 10  # lines of metrics that the speed is taken from
 
 @dataclass(frozen=True)
 class Progress:
-    """done, total: updates, or chunks. left: seconds at the speed of the last ones, None if not known."""
+    """done, total: updates, images, targets, or network evaluations. left: seconds at the speed of the last ones, None if
+    not known.
+    """
 
     done: int = 0
     total: int = 0
@@ -194,7 +197,7 @@ def _shard_parts(submission: Submission, job: Job, rows: Mapping[str, Row] | Non
 
 
 def _pieces(path: Path) -> Progress:
-    """How far a shard has come."""
+    """How far work has come that a `teller` told of there."""
     lines = _last_metrics(path)
     if not lines:
         return Progress()
@@ -229,10 +232,8 @@ def name(part: Part) -> str:
     return part.stage if part.shard is None else f"{part.stage} {part.shard}"
 
 
-def trainings(stage: StageConfig, folder: Path) -> list[tuple[Path, int]]:
-    """(folder, updates) of each training of a stage, in order; none of a stage that does not train."""
-    if not isinstance(stage, TrainingConfig):
-        return []
+def trainings(stage: TrainingConfig, folder: Path) -> list[tuple[Path, int]]:
+    """(folder, updates) of each training of a stage, in order."""
     steps = getattr(stage, "steps", None)
     if not steps:
         return [(folder, updates_of(folder, stage.updates))]
@@ -242,6 +243,8 @@ def trainings(stage: StageConfig, folder: Path) -> list[tuple[Path, int]]:
 
 def progress_of(stage: StageConfig, out: Path) -> Progress:
     """How far a stage has come."""
+    if not isinstance(stage, TrainingConfig):
+        return _pieces(out / stage.name / PROGRESS)
     done, total, speed = 0, 0, 0.0
     for folder, updates in trainings(stage, out / stage.name):
         lines = _last_metrics(folder / "metrics.jsonl")

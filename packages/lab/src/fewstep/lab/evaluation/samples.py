@@ -15,7 +15,7 @@ from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.latents import decode
 from fewstep.lab.metrics import Features, Moments, extract, squared_errors
-from fewstep.lab.progress import SamplingProgress
+from fewstep.lab.progress import SamplingProgress, Tell, unheard
 from fewstep.lab.sampling import SampleSpec, knowingly, nfe_of, sample_shards, timed_chunk
 from fewstep.lab.shards import Shard, ShardCache
 from fewstep.lab.workers import spread
@@ -57,8 +57,8 @@ class Samples:
         """Network evaluations per image."""
         return nfe_of(draw.sampler, draw.steps, draw.w, self.models[draw.model].two_branches)
 
-    def make(self, console: Console, bar: bool, stopping: Callable[[], bool]) -> None:
-        """Sample what is not there yet.
+    def make(self, console: Console, bar: bool, stopping: Callable[[], bool], tell: Tell = unheard) -> None:
+        """Sample what is not there yet; `tell` is told of network evaluations.
 
         Raises:
             Interrupted: `stopping` said so; finished chunks are kept.
@@ -71,9 +71,11 @@ class Samples:
                     missing.append((draw, start, stop))
                 else:
                     shown.advance(draw.label, stop - start, self.nfe(draw), 0.0, cached=True)
+            tell(shown.made, total)
             for i, seconds in spread(_make_chunk, [self._job(*chunk) for chunk in missing], self.workers, stopping):
                 draw, start, stop = missing[i]
                 shown.advance(draw.label, stop - start, self.nfe(draw), seconds)
+                tell(shown.made, total)
                 made += 1
         if made < len(missing):
             raise Interrupted(f"evaluate: stopped with {made} of {len(missing)} chunks sampled; they are kept")

@@ -32,7 +32,7 @@ def run(ctx: StageContext) -> None:
     contestants, models = [one for one, _ in found], {one.draw.model: model for one, model in found}
     sizes = {draw: stage.num_samples for one in contestants for draw in one.draws(stage.sampling_seeds)}
     samples = samples_of(ctx, sizes, models)
-    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
     reference = reference_of(ctx, samples, data)
     with knowingly():
         rows = compare(samples, contestants, stage, reference)

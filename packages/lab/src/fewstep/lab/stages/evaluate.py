@@ -41,7 +41,7 @@ def run(ctx: StageContext) -> None:
     data = load_data(ctx.config.data)
     plan, models = plan_of(ctx, len(data.train))
     samples = samples_of(ctx, plan.requests(), models)
-    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
     with knowingly():
         results = measure(ctx, samples, plan, reference_of(ctx, samples, data))
     write_grids(ctx.out / "grids.safetensors", samples, plan)

@@ -29,7 +29,7 @@ def run(ctx: StageContext) -> None:
     grid, models = grid_of(ctx)
     data = load_data(ctx.config.data)
     samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
-    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
     reference = Reference.of(samples.judge, data, KID_SUBSETS, ctx.stage.allow_few_samples)
     with knowingly():
         rows = measure(samples, grid, reference)

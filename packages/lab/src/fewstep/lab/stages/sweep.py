@@ -23,7 +23,7 @@ def run(ctx: StageContext) -> None:
     draws = [Draw(teacher, "ancestral", stage.steps, w, noise_level=level) for level, w in grid]
     models = {teacher: Model(folder / "model", ctx.device, stage.schedule)}
     samples = samples_of(ctx, dict.fromkeys(draws, stage.num_samples), models)
-    samples.make(ctx.console, ctx.config.progress, ctx.stopping)
+    samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
     data = load_data(ctx.config.data)
     reference = reference_of(ctx, samples, data)
     with knowingly():
