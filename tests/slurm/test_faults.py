@@ -224,6 +224,19 @@ def test_a_full_disk_ends_the_job_and_room_lets_it_go_on(
     assert_same_bits(weights(out / "teacher"), undisturbed)
 
 
+def test_two_submissions_at_once_are_one(cluster: Cluster, tmp_path: Path) -> None:
+    # Broken: both send the graph, and two jobs of a stage write side by side.
+    out, held = tmp_path / "run", "+cluster.sbatch={hold: true}"
+    command = [sys.executable, "-m", "fewstep.lab", "submit", str(ROOT / "experiments" / "digits"), *TEACHER, *SITE]
+    both = [subprocess.Popen([*command, held, f"out={out}"], text=True, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    refused = [each for process, each in zip(both, said, strict=True) if process.returncode]
+    assert all("another `fewstep submit` is at work there" in each for each in refused), said
+    assert len(refused) < 2  # none, if one came after the other, and joined it
+    teachers = [row for row in slurm.queue() or [] if f"{out.name}:teacher" in row.name and row.state == "PENDING"]
+    assert len(teachers) == 1
+
+
 def lose(cluster: Cluster, node: str) -> None:
     cluster.tool("kill-node", node)
     subprocess.run(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test"], check=True)

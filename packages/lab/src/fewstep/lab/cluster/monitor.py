@@ -30,8 +30,9 @@ RECENT = 10  # lines of metrics that the speed is taken from
 
 @dataclass(frozen=True)
 class Progress:
-    """done, total: updates, images, targets, or network evaluations. left: seconds at the speed of the last ones, None if
-    not known.
+    """done, total: updates, images, targets, or network evaluations.
+
+    left: seconds at the speed of the last ones, None if not known.
     """
 
     done: int = 0
