@@ -17,10 +17,11 @@ from fewstep.models import load
 from fewstep.schedules import seeded_noise
 
 LARGE = ["imagenet64", "imagenet64_moments", "imagenet128_moments", "text512_pixel_moments"]
+ALL = [*LARGE, "cifar10"]  # whose debug form walks every stage in tests/tools/test_legs.py
 NO_DATA = ["data.files.path=nowhere", "data.heldout=1"]
 CLASSES = ["data=digits", "+data.files=null"]
 TEXT = ["data=captioned_shapes", "data.image_size=32", "+data.files=null"]
-PAGES = {name: (EXPERIMENTS / name / "README.md").read_text() for name in LARGE}
+PAGES = {name: (EXPERIMENTS / name / "README.md").read_text() for name in ALL}
 COMMANDS = [
     pytest.param(name, line, id=f"{name}-{i}")
     for name, page in PAGES.items()
@@ -67,7 +68,7 @@ def test_the_debug_form_walks_every_stage(name: str, tmp_path: Path) -> None:
             assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", ALL)
 def test_the_papers_form_is_valid_on_any_data(name: str) -> None:
     """Chains of halvings, warm-ups, weights, needs: a mistake there would be met after the data were copied."""
     compose(EXPERIMENTS / name, TEXT if "text" in name else CLASSES)
