@@ -132,3 +132,15 @@ def test_sizes_that_do_not_fit(wrong: dict[str, int], message: str) -> None:
         encoder(ByteTokenizer(), **wrong)
     with pytest.raises(ValueError, match="prompts must be a list of texts, got 'a red circle'"):
         encoder(ByteTokenizer()).encode("a red circle")
+
+
+def test_positions_begin_as_waves_as_large_as_the_tokens() -> None:
+    """From random ones the order of two words is learned three times as slowly; faint ones would drown."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(ByteTokenizer(), width=64, length=16)
+    first, slowest = encoder.positions[:, 0], encoder.positions[:, 31]
+    torch.testing.assert_close(first, 0.02 * 2**0.5 * torch.arange(16.0).sin())
+    torch.testing.assert_close(slowest, 0.02 * 2**0.5 * (torch.arange(16.0) / 1e4).sin())
+    size = encoder.positions.square().mean().sqrt()
+    torch.testing.assert_close(size, encoder.tokens.weight.std(), rtol=0.02, atol=0)
+    assert TextEncoder(ByteTokenizer(), width=5, heads=1).positions.shape == (32, 5)
