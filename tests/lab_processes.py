@@ -23,6 +23,7 @@ UPDATES, STOP = 12, 8  # of several processes, each eighth update is one at whic
 BASE = TeacherConfig(
     updates=UPDATES, batch_size=8, log_every=1, ema_half_life=0.3, checkpoint_seconds=0.0, parallel="fsdp"
 )
+LOW = replace(BASE, precision="bf16", activation_checkpointing=True)
 
 
 def denoiser(seed: int = 0) -> NetworkDenoiser:
@@ -124,6 +125,7 @@ if __name__ == "__main__":
     assert dist.get_world_size() == 2
     small = replace(BASE, activation_checkpointing=True, micro_batch=2, checkpoint_updates=5)
     train(folder / "two", teacher(), small)
+    train(folder / "low2", teacher(), LOW)
     interrupted(folder / "there")
     train(folder / "back", teacher())
     train(folder / "moments2", moments(), moments_options())

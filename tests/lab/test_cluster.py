@@ -178,11 +178,18 @@ def test_near_its_limit_a_job_requeues_itself_whatever_it_does(tmp_path: Path, m
         with job.requeued_in_time(submission, minutes=60, signal_seconds=2):
             time.sleep(0.4)
         assert len(asked) == times
+    monkeypatch.delenv("SLURM_JOB_END_TIME")  # Slurm 22.05 does not tell; imports may have taken longer than is left
+    monkeypatch.setenv(job.STARTED, str(time.time() - 3600 + 1.2))
+    with job.requeued_in_time(submission, minutes=60, signal_seconds=2):
+        time.sleep(0.4)
+    assert len(asked) == 2
+    with job.requeued_in_time(submission, minutes=61, signal_seconds=2):
+        pass
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 1.2))
     with job.requeued_in_time(submission, minutes=60, signal_seconds=2):
         pass
     time.sleep(0.4)
-    assert len(asked) == 1  # nothing to requeue any more
+    assert len(asked) == 2  # nothing to requeue any more
 
 
 def test_an_older_attempt_neither_claims_nor_writes(tmp_path: Path) -> None:
@@ -215,6 +222,7 @@ def test_submitit_is_told_what_a_requeueing_job_needs(tmp_path: Path) -> None:
     more = train["additional_parameters"]
     assert (more["requeue"], more["kill-on-invalid-dep"], more["hold"]) == (True, "yes", True)
     assert (train["mem"], train["partition"], train["signal_delay_s"]) == ("1536MB", "gpu", 120)
+    assert train["setup"][0] == "export FEWSTEP_STARTED=$(date +%s)"  # before `module load`, too
     other = parameters(submission, cluster, "evaluate", [], training=False)
     assert (other["nodes"], other["ntasks_per_node"], other["gpus_per_node"], other["cpus_per_task"]) == (1, 1, 1, 64)
 

@@ -99,6 +99,7 @@ def test_networks_in_shards_train_as_whole_ones_and_go_on_in_any_number_of_proce
     # Broken: FSDP2 trains another network than one process does, or one that its own samplers cannot load; a run that
     # comes back on more or fewer GPUs starts anew, or without its optimiser's state.
     lab_processes.train(tmp_path / "one", lab_processes.teacher())
+    lab_processes.train(tmp_path / "low1", lab_processes.teacher(), lab_processes.LOW)
     lab_processes.interrupted(tmp_path / "back")
     lab_processes.train(tmp_path / "moments1", lab_processes.moments(), lab_processes.moments_options())
     torchrun(2, str(tmp_path), program=(lab_processes.__file__,))
@@ -112,6 +113,8 @@ def test_networks_in_shards_train_as_whole_ones_and_go_on_in_any_number_of_proce
     for name in ("two", "there", "back"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), name
         assert_close(tmp_path / name / "denoiser", tmp_path / "one" / "denoiser")
+    assert losses(tmp_path / "low2") == pytest.approx(losses(tmp_path / "low1"), rel=1e-2)
+    assert losses(tmp_path / "low1") != pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # it is bfloat16
     assert losses(tmp_path / "moments2") == pytest.approx(losses(tmp_path / "moments1"), rel=1e-2)
     for network in ("student", "auxiliary"):
         assert_close(tmp_path / "moments2" / network, tmp_path / "moments1" / network)

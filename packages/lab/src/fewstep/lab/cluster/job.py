@@ -32,6 +32,7 @@ from fewstep.lab.signals import StopFlag, stop_on_signals
 
 LATER = 75  # exit code of a job that stopped with its work saved (EX_TEMPFAIL)
 LAST_SECONDS = 10  # before the time limit: whoever is still saving is requeued all the same
+STARTED = "FEWSTEP_STARTED"  # when the job's script began: not all versions of Slurm tell when it will end
 _PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|NCCL|[Tt]imed? ?out")  # another process died first
 
 
@@ -164,7 +165,8 @@ def requeued_in_time(submission: Submission, minutes: int, signal_seconds: int) 
     if int(os.environ["RANK"]):
         yield
         return
-    limit = float(os.environ.get("SLURM_JOB_END_TIME", time.time() + 60 * minutes))
+    started = float(os.environ.get(STARTED, time.time()))  # before the seconds or minutes of imports
+    limit = float(os.environ.get("SLURM_JOB_END_TIME", started + 60 * minutes))
     margin = min(LAST_SECONDS, signal_seconds / 2)
     timer = threading.Timer(limit - margin - time.time(), requeue_once, (submission,))
     timer.daemon = True

@@ -20,7 +20,7 @@ from fewstep.lab import record
 from fewstep.lab.cluster import ledger, monitor, slurm, snapshot
 from fewstep.lab.cluster.attempt import holder_of
 from fewstep.lab.cluster.config import ClusterConfig
-from fewstep.lab.cluster.job import RunJob, StageJob
+from fewstep.lab.cluster.job import STARTED, RunJob, StageJob
 from fewstep.lab.cluster.ledger import PROBE, Job, Submission
 from fewstep.lab.config import Config, ConfigError, TrainingConfig
 from fewstep.lab.runner import locked
@@ -175,7 +175,7 @@ def parameters(
         "signal_delay_s": cluster.signal_seconds,
         "array_parallelism": cluster.parallel,
         "wckey": None,
-        "setup": [*cluster.setup, *_setup(submission, cpus)],
+        "setup": [f"export {STARTED}=$(date +%s)", *cluster.setup, *_setup(submission, cpus)],
         "teardown": _teardown(submission, stage, cluster.retries),
         # srun takes neither of these over from sbatch: a killed process ends the others, and CPUs are each task's own.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *cluster.srun_args],
