@@ -150,6 +150,10 @@ def test_unknown_and_absent_backends_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(backend, "_implementations", {"once": {"reference": lambda x: "plain"}})
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available here; available: reference"):
         use_backend("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_cuda_absence", lambda operation: "nvcc was not found: install it")
+    with pytest.raises(RuntimeError, match=r"available: reference \(cuda: nvcc was not found: install it\)"):
+        use_backend("cuda")
     assert backend.dispatch("once", torch.zeros(3)) == "plain"
 
 

@@ -173,6 +173,14 @@ def test_shapes_that_do_not_fit_are_named(shapes: tuple[tuple[int, ...], ...], m
         attention(*(torch.zeros(s) for s in shapes))
 
 
+def test_integers_are_refused() -> None:
+    x = torch.ones(1, 1, 4, 24, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"attention of torch.int64, \(1, 1, 4, 24\): must be of a floating dtype"):
+        attention(x, x, x)
+    with pytest.raises(ValueError, match=r"attention of torch.int64, \(1, 4, 24\)"):
+        attention_qkv(x[0], 1)
+
+
 def test_bad_lengths_and_heads_are_named() -> None:
     q = torch.zeros(2, 1, 4, 8)
     for lengths, message in ((torch.tensor([0, 4]), r"lie in \[1, 4\], got \[0, 4\]"),

@@ -226,3 +226,9 @@ def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"groups": 3, "weight": None, "bias": None} | change
     with pytest.raises(ValueError, match=message):
         group_norm_silu(torch.randn(2, 6, 3, 3), **arguments)  # type: ignore[call-overload]  # the point of the test
+
+
+def test_integers_are_refused() -> None:
+    """Images as bytes would come back rounded to whole numbers, without a word."""
+    with pytest.raises(ValueError, match=r"x \(2, 6, 3, 3\) is torch.int64: must be of a floating dtype"):
+        group_norm_silu(torch.ones(2, 6, 3, 3, dtype=torch.int64), 3, None, None)

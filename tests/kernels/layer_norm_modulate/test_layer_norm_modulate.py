@@ -175,10 +175,15 @@ def test_promised_shapes_do_not_fall_back(shape: object) -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"scale": torch.ones(6)}, r"scale \(6,\) must be \(2, 6\) for x \(2, 3, 6\)"),
     ({"bias": torch.ones(5)}, r"bias \(5,\) must be \(6,\)"),
-    ({"x": torch.ones(6)}, r"x \(6,\) must be \(B, ..., C\)"),
+    ({"x": torch.ones(2, 3, 6, dtype=torch.int64)}, r"x \(2, 3, 6\) torch.int64 must be"),
+    ({"x": torch.ones(6)}, r"x \(6,\) torch.float32 must be \(B, ..., C\)"),
     ({"shift": torch.ones(2, 6, device="meta")}, "shift is on meta and x on cpu"),
 ])
 def test_bad_input_is_named(change: dict[str, Tensor], message: str) -> None:
     given = {"x": torch.ones(2, 3, 6), "scale": torch.ones(2, 6), "shift": torch.ones(2, 6)} | change
     with pytest.raises(ValueError, match=message):
         layer_norm_modulate(**given)
+
+
+def test_an_empty_batch_is_an_empty_result() -> None:
+    assert layer_norm_modulate(torch.ones(0, 3, 6), torch.ones(0, 6), torch.ones(0, 6)).shape == (0, 3, 6)

@@ -287,7 +287,7 @@ class use_backend:
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: for a backend that is not available here, naming those that are.
+        RuntimeError: for a backend that is not available here, naming those that are and what it lacks.
     """
 
     def __init__(self, name: str) -> None:
@@ -295,7 +295,9 @@ class use_backend:
         if name not in ("auto", *BACKENDS):
             raise ValueError(f"backend {name!r} is unknown; known: auto, {', '.join(BACKENDS)}")
         if name not in ("auto", *available_backends()):
-            raise RuntimeError(f"backend {name!r} is not available here; available: {', '.join(available_backends())}")
+            why = _absence(name, torch.cuda.is_available()) or "no operation has it"
+            able = ", ".join(available_backends())
+            raise RuntimeError(f"backend {name!r} is not available here; available: {able} ({name}: {why})")
         self.name, self._previous = name, _selected
         _selected = name
 

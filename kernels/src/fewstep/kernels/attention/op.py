@@ -25,6 +25,9 @@ def _check_lengths(key_lengths: Tensor | None, x: Tensor, keys: int) -> None:
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors as autocast wants them, which is how PyTorch's own operator treats its inputs."""
+    for x in tensors:
+        if not x.is_floating_point():
+            raise ValueError(f"attention of {x.dtype}, {tuple(x.shape)}: must be of a floating dtype")
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -10,6 +10,8 @@ from fewstep.kernels.group_norm_silu import fused, reference  # noqa: F401  # re
 
 def _check(x: Tensor, groups: int, per_channel: dict[str, Tensor | None], per_sample: dict[str, Tensor | None],
            residual: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x {tuple(x.shape)} is {x.dtype}: must be of a floating dtype")
     if x.ndim < 2 or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} must divide the channels of x {tuple(x.shape)}, laid out (B, C, ...)")
     expected = dict.fromkeys(per_channel, tuple(x.shape[1:2])) | dict.fromkeys(per_sample, tuple(x.shape[:2]))
@@ -61,7 +63,7 @@ def group_norm_silu(
     Shape: -> like x; with residual_at="before" (like x, x + residual).
 
     Raises:
-        ValueError: if shapes or devices do not fit, groups do not divide C, or act or residual_at is unknown.
+        ValueError: if shapes, dtype or devices do not fit, groups do not divide C, or act or residual_at is unknown.
     """
     if act not in ("silu", None) or residual_at not in ("after", "before"):
         raise ValueError(f'act={act!r} must be "silu" or None, residual_at={residual_at!r} "after" or "before"')

@@ -23,10 +23,10 @@ def layer_norm_modulate(
     Shape: -> like x, dtype of x.
 
     Raises:
-        ValueError: if shapes or devices do not fit.
+        ValueError: if shapes, dtype or devices do not fit.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x {tuple(x.shape)} must be (B, ..., C)")
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be (B, ..., C) of a floating dtype")
     expected = {"scale": (x.shape[0], x.shape[-1]), "weight": (x.shape[-1],)}
     expected |= {"shift": expected["scale"], "bias": expected["weight"]}
     for name, value in {"scale": scale, "shift": shift, "weight": weight, "bias": bias}.items():

@@ -13,7 +13,7 @@ def layer_norm_modulate(
 ) -> Tensor:
     """Compute `fewstep.kernels.layer_norm_modulate`, arguments checked."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale, shift = (p.to(wide).reshape(len(x), *[1] * (x.ndim - 2), -1) for p in (scale, shift))
+    scale, shift = (p.to(wide).reshape(len(x), *[1] * (x.ndim - 2), x.shape[-1]) for p in (scale, shift))
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
     normed = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
     return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
