@@ -73,6 +73,21 @@ def test_where_pytorchs_attention_is_picked_its_time_is_ours_and_our_kernels_are
     assert ["attention", "backward", "own kernels alone, 0 of 1 won", *[""] * 8, "0.60×"] in cells
 
 
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+def test_no_figure_is_folded_or_cut(
+    width: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into a file or a narrow window: a column of three characters shows nothing that anybody can read."""
+    monkeypatch.setenv("COLUMNS", width)
+    command = ["profile", "kernels", "--from", str(source), "--op", "layer_norm_modulate", "--out", str(tmp_path)]
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    wanted = tables.backends([row for row in read(source)["rows"] if row["op"] == "layer_norm_modulate"])
+    assert wanted.rows
+    for cells in wanted.rows:
+        assert " ".join(cells[6:]) in shown, cells
+
+
 def test_graphs_are_compared_with_graphs() -> None:
     """A replayed graph beside single launches would claim the graph's gain for the kernels."""
     times = {"eager": 40.0, "eager+graph": 20.0, "auto": 30.0, "auto+graph": 10.0}

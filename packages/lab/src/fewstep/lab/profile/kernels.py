@@ -104,7 +104,7 @@ def show(rows: list[dict[str, Any]], notes: dict[str, str], console: Console) ->
     from fewstep.lab.profile import tables
 
     for title, table in tables.all_tables(rows).items():
-        console.print(tables.on_screen(table, title))
+        tables.show(console, table, title)
     for line in (*tables.circumstances(rows), *tables.ceilings(rows)):
         console.print(line, markup=False)
     for line in tables.unmeasured(notes):

@@ -252,8 +252,8 @@ def markdown(rows: Sequence[results.Row], shares: Mapping[str, Mapping[str, Shar
 
 def show(rows: Sequence[results.Row], shares: Mapping[str, Mapping[str, Shares]], out: Path, console: Console) -> None:
     """Both tables on the screen, and where the rest is."""
-    console.print(tables.on_screen(tables.networks(rows), "Whole steps"))
-    console.print(tables.on_screen(share_table(shares), "Where the time of one step goes, while the profiler listens"))
+    tables.show(console, tables.networks(rows), "Whole steps")
+    tables.show(console, share_table(shares), "Where the time of one step goes, while the profiler listens")
     for line in tables.circumstances(rows):
         console.print(line, markup=False)
     if rows[0]["peak_bytes"] is None:

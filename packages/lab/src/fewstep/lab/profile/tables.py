@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table as Screen
 
 from fewstep.kernels.benchmark.results import Row
@@ -13,6 +15,7 @@ from fewstep.lab.report.tables import DASH, Table, fixed, number, times
 
 CEILINGS = ("copy", "product")
 NETWORK_PASS = "step"
+LEAST_WIDTH = 100  # characters that the widest table of figures takes
 
 
 def operation_lines(rows: Iterable[Row]) -> list[Line]:
@@ -182,15 +185,23 @@ def markdown(rows: Sequence[Row], notes: Mapping[str, str]) -> str:
     return "\n".join([*parts, *(f"- {fact}" for fact in facts), ""])
 
 
-def on_screen(table: Table, title: str) -> Screen:
-    """A table of text cells for the terminal."""
+def show(console: Console, table: Table, title: str) -> None:
+    """Print a table; beyond the edge of a narrow terminal rather than without some of its figures."""
+    console.print(_on_screen(table, title), width=max(console.width, LEAST_WIDTH), crop=False)
+
+
+def _on_screen(table: Table, title: str) -> Screen:
+    """All text columns but the last make one, which is folded if need be; figures are not."""
     styles = {"good": "green", "bad": "red", "aim": "yellow"}
-    screen = Screen(title=title, title_justify="left", header_style="bold")
-    for i, name in enumerate(table.header):
-        screen.add_column(name, justify="left" if i < table.text_columns else "right", overflow="fold")
+    screen = Screen(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    joined = max(1, table.text_columns - 1)
+    screen.add_column(" ".join(table.header[:joined]), overflow="fold", min_width=12)
+    for j, name in enumerate(table.header[joined:], joined):
+        widest = max([len(row[j]) for row in table.rows], default=0)
+        screen.add_column(name, justify="left" if j == joined else "right", overflow="fold", min_width=widest)
     for i, row in enumerate(table.rows):
         if i in table.groups and i:
             screen.add_section()
         cells = [f"[{styles[m]}]{c}[/]" if (m := table.marks.get((i, j))) else c for j, c in enumerate(row)]
-        screen.add_row(*cells)
+        screen.add_row(" ".join(cells[:joined]).rstrip(), *cells[joined:])
     return screen
