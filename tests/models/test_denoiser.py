@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from emulated_cuda import emulated
 from model_helpers import batch, denoiser, perturbed
 from oracles import Gaussian
 from torch import Tensor, nn
 
-from fewstep.kernels import guided_update
+from fewstep.kernels import guided_update, use_backend
 from fewstep.models import GuidedDenoiser, NetworkDenoiser, UNet, with_guidance_input
 from fewstep.schedules import Cosine, Discrete, Karras, RectifiedFlow, expand, from_x
 
@@ -169,10 +170,10 @@ def test_float64(kind: str) -> None:
     assert 0 < coarse.abs().max() < 1e-4  # t rounded to float32 is seen: nothing rounds t (or w) before
 
 
-def jvp_and_differences(kind: str, guided: bool) -> tuple[Tensor, Tensor]:
+def jvp_and_differences(kind: str, guided: bool, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The whole denoiser's derivative along random directions of z, t, w and every parameter: by jvp, and numerically.
 
-    float64, fourth order: the two agree to 1e-6 of it.
+    float64, fourth order: the two agree to 1e-6 of it. `backend` is that of the jvp.
     """
     model = denoiser(kind).double()
     if guided:
@@ -192,16 +193,17 @@ def jvp_and_differences(kind: str, guided: bool) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             return estimate(*torch.utils._pytree.tree_map(lambda a, b: a + step * b, inputs, tangents))
 
-    _, derivative = torch.func.jvp(estimate, inputs, tangents)
+    with emulated(), use_backend(backend):
+        _, derivative = torch.func.jvp(estimate, inputs, tangents)
     h = 1e-5
     return derivative, (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
 
 
 @KINDS
-@pytest.mark.parametrize("guided", [False, True])
-def test_jvp_of_the_whole_network(kind: str, guided: bool) -> None:
+@pytest.mark.parametrize(("guided", "backend"), [(False, "auto"), (True, "auto"), (True, "triton"), (True, "cuda")])
+def test_jvp_of_the_whole_network(kind: str, guided: bool, backend: str) -> None:
     """Moment matching differentiates forwards through the network: in z, t, w and in every parameter at once."""
-    derivative, numeric = jvp_and_differences(kind, guided)
+    derivative, numeric = jvp_and_differences(kind, guided, backend)
     assert derivative.abs().max() > 0.1
     torch.testing.assert_close(derivative, numeric, rtol=1e-6, atol=1e-6)
 
@@ -222,6 +224,18 @@ def test_jvp_check_sees_an_operation_that_drops_the_tangent(
     operation = getattr(importlib.import_module(module), name)
     monkeypatch.setattr(place, lambda x, *rest, **options: operation(x.detach(), *rest, **options))
     derivative, numeric = jvp_and_differences(kind, guided=False)
+    assert (derivative - numeric).abs().max() > 1e-3
+
+
+@KINDS
+def test_jvp_check_sees_a_dispatch_that_forgets_forward_mode(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the question a fused operator is reached, which refuses float64 or drops the tangent."""
+    for name in ("forward_mode_is_on", "functional_transform_is_on"):
+        monkeypatch.setattr(f"fewstep.kernels.backend.{name}", lambda: False)
+    try:
+        derivative, numeric = jvp_and_differences(kind, False, "triton")
+    except (RuntimeError, ValueError):
+        return
     assert (derivative - numeric).abs().max() > 1e-3
 
 
