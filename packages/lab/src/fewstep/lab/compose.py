@@ -14,8 +14,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewstep.lab.config import STAGES, Config, ConfigError, PretrainedConfig, StageConfig
+from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
 from fewstep.lab.pretrained import anchor
+from fewstep.lab.sources import Source
 from fewstep.lab.validate import validate
 from fewstep.models import PRESETS
 
@@ -85,7 +86,7 @@ def typed(composed: DictConfig, *, check: bool = True) -> Config:
         if not isinstance(stage, StageConfig):
             raise ConfigError(f"stages.{name}: add `- stage@stages.{name}: KIND` to defaults, KIND one of {_kinds()}")
         stage.name = name
-        if isinstance(stage, PretrainedConfig):
+        if isinstance(stage, Source):
             anchor(stage)
     if check:
         validate(config)

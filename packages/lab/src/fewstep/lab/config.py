@@ -94,8 +94,9 @@ class DataConfig:
 class TextConfig:
     """The text encoder of captioned data, trained together with the teacher and frozen after.
 
-    tokenizer: "bpe", learned from the training captions, of at most `vocabulary` tokens, or "bytes". length: most
-    tokens of a caption with its end. width, depth, heads: of its transformer; width is the network's `text_width`.
+    tokenizer: "bpe", learned from the training captions, of at most `vocabulary` tokens, or "bytes"; or "pretrained":
+    the encoder comes with a teacher of kind pretrained, and the other keys say nothing. length: most tokens of a
+    caption with its end. width, depth, heads: of its transformer; width is the network's `text_width`.
     """
 
     tokenizer: str = "bpe"
@@ -217,6 +218,18 @@ class AutoencoderConfig(TrainingConfig):
 
 
 @dataclass
+class PretrainedAutoencoderConfig(StageConfig):
+    """The autoencoder of `space: latent` that is there already, and not trained.
+
+    path: folder of an AutoencoderKL of diffusers, or of a pipeline with one. chunk: images in a file of latents.
+    """
+
+    kind: str = "pretrained_autoencoder"
+    path: str = _free(MISSING)
+    chunk: int = 500
+
+
+@dataclass
 class TeacherConfig(TrainingConfig):
     """Ordinary training of the denoiser, its condition dropped with probability `cond_drop`."""
 
@@ -231,10 +244,12 @@ class TeacherConfig(TrainingConfig):
 class PretrainedConfig(StageConfig):
     """A teacher that is there already, and not trained; what needs one may need this.
 
-    path: folder of a UNet2DModel or DiTTransformer2DModel of diffusers, of a pipeline with one, or of a model that
-    fewstep saved. Its images and classes must be those of `data`, its last class the null one. It brings its network,
-    schedule and prediction: leave out the experiment's. scheduler: folder of diffusers' scheduler, where `path` has
-    none. Both may move; a folder is recognised by its content.
+    path: folder of a UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel of diffusers, of a pipeline with one,
+    or of a model that fewstep saved. Its images and classes must be those of `data`, its last class the null one; one
+    of text has CLIP's text encoder and tokenizer beside it, and `text=pretrained`; one of latents needs `space: latent`
+    and a stage of kind pretrained_autoencoder. It brings its network, schedule and prediction: leave out the
+    experiment's. scheduler: folder of diffusers' scheduler, where `path` has none. Both may move; a folder is
+    recognised by its content.
     """
 
     kind: str = "pretrained"
@@ -625,6 +640,7 @@ class ReportConfig(StageConfig):
 STAGES: dict[str, type[StageConfig]] = {
     "classifier": ClassifierConfig,
     "autoencoder": AutoencoderConfig,
+    "pretrained_autoencoder": PretrainedAutoencoderConfig,
     "teacher": TeacherConfig,
     "pretrained": PretrainedConfig,
     "convert": ConvertConfig,
@@ -666,7 +682,7 @@ class Config:
     schedule: dict[str, Any] = field(default_factory=lambda: {"type": "Cosine"})
     prediction: str = "v"
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    space: str | None = None  # "latent": denoisers work on the latents of the stage of kind autoencoder
+    space: str | None = None  # "latent": denoisers work on the latents of a stage of kind (pretrained_)autoencoder
     text: TextConfig | None = None
     stages: dict[str, Any] = field(default_factory=dict)
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"result": False})

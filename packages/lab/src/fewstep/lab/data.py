@@ -95,9 +95,12 @@ class Split:
         images, indices = pixels(self.images, indices, self.labels.device)
         return Split(images, self.labels[indices])
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """All images as they are (none mirrored), `size` at a time: (B, C, H, W) float32 in [-1, 1]."""
-        parts = torch.arange(len(self)).split(size)
+    def batches(self, size: int, first: int = 0) -> Iterator[Tensor]:
+        """All images as they are (none mirrored), `size` at a time: (B, C, H, W) float32 in [-1, 1].
+
+        first: the number of the batch to begin with.
+        """
+        parts = torch.arange(len(self)).split(size)[first:]
         for i, part in enumerate(parts):
             for later in parts[i : i + self.ahead]:
                 self.expect(later)

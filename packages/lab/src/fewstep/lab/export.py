@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 
@@ -23,11 +24,15 @@ def command(args: argparse.Namespace, console: Console) -> int:
         ConfigError: diffusers is not installed.
         ValueError, FileNotFoundError: a model that is damaged or missing, or that diffusers has no place for.
     """
+    import torch
+
     from fewstep.lab.config import ConfigError
+    from fewstep.lab.latents import autoencoder_of
     from fewstep.models import load, to_diffusers
 
     try:
-        to_diffusers(load(args.model), args.out, scheduler=args.scheduler, w=args.w)
+        denoiser, autoencoder = load(args.model), autoencoder_of(Path(args.model), torch.device("cpu"))
+        to_diffusers(denoiser, args.out, scheduler=args.scheduler, w=args.w, autoencoder=autoencoder)
     except ImportError as error:
         raise ConfigError(str(error)) from error
     console.print(args.out, highlight=False)

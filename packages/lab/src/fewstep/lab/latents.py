@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +18,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.config import AutoencoderConfig, ClassifierConfig, Config, ConfigError, StageConfig
+from fewstep.lab.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    Config,
+    ConfigError,
+    PretrainedAutoencoderConfig,
+    StageConfig,
+)
+from fewstep.lab.context import Interrupted, never
 from fewstep.lab.data import Split, load_data
 from fewstep.lab.shards import Shard, read_shard, write_shard
-from fewstep.models import Autoencoder
+from fewstep.models import Autoencoder, DiffusersAutoencoder, load_autoencoder
 
 FORMAT = 1
+PIXELS = 16 * 512 * 512  # encoded or decoded at once, at most: an autoencoder keeps hundreds of numbers of each
+AutoencoderStage = AutoencoderConfig | PretrainedAutoencoderConfig
 LATENT = "latent"
-FOLDER, INDEX, INSIDE = "latents", "index.json", "autoencoder"
+FOLDER, INDEX, BEGUN, INSIDE = "latents", "index.json", "begun.json", "autoencoder"
 
 
-def autoencoder_stage(config: Config) -> AutoencoderConfig | None:
+def autoencoder_stage(config: Config) -> AutoencoderStage | None:
     """The stage whose latents take the place of images; None in pixel space."""
     if config.space != LATENT:
         return None
-    return next(stage for stage in config.stages.values() if isinstance(stage, AutoencoderConfig))
+    return next(stage for stage in config.stages.values() if isinstance(stage, AutoencoderStage))
 
 
 def sample_shape(config: Config) -> tuple[int, int, int]:
@@ -40,8 +50,24 @@ def sample_shape(config: Config) -> tuple[int, int, int]:
     data, stage = config.data, autoencoder_stage(config)
     if stage is None:
         return data.channels, data.image_size, data.image_size
+    if isinstance(stage, PretrainedAutoencoderConfig):
+        return read_autoencoder(stage, data.image_size, weights=False).latent_shape
     size = data.image_size // 2 ** (len(stage.channel_mult) - 1)
     return stage.latent_channels, size, size
+
+
+def read_autoencoder(
+    stage: PretrainedAutoencoderConfig, image_size: int, *, weights: bool = True
+) -> DiffusersAutoencoder:
+    """The autoencoder that the stage names, on the CPU; `weights=False`: what its settings say, on the meta device.
+
+    Raises:
+        ConfigError: the folder, or something in it, is missing, damaged, or of a kind that is not known.
+    """
+    try:
+        return DiffusersAutoencoder.read(stage.path, image_size, weights=weights)
+    except Exception as error:  # diffusers raises errors of many types
+        raise ConfigError(f"stages.{stage.name}.path={stage.path}: {' '.join(str(error).split())}") from error
 
 
 def training_split(config: Config, stage: StageConfig) -> Split:
@@ -54,7 +80,7 @@ def training_split(config: Config, stage: StageConfig) -> Split:
     if source is None or isinstance(stage, ClassifierConfig | AutoencoderConfig):
         return split
     folder = Path(config.out) / source.name
-    return read_latents(folder / FOLDER / "train", split, Autoencoder.load(folder / "model").digest)
+    return read_latents(folder / FOLDER / "train", split, load_autoencoder(folder / "model").digest)
 
 
 def give_autoencoder(config: Config, model: Path) -> None:
@@ -66,13 +92,13 @@ def give_autoencoder(config: Config, model: Path) -> None:
 
 def autoencoder_of(model: Path, device: torch.device) -> Autoencoder | None:
     """The autoencoder in a model's folder; None if the model works on images."""
-    return Autoencoder.load(model / INSIDE, device) if (model / INSIDE).is_dir() else None
+    return load_autoencoder(model / INSIDE, device) if (model / INSIDE).is_dir() else None
 
 
 def run_autoencoder(config: Config, device: torch.device) -> Autoencoder | None:
     """The run's own; None in pixel space."""
     source = autoencoder_stage(config)
-    return None if source is None else Autoencoder.load(Path(config.out) / source.name / "model", device)
+    return None if source is None else load_autoencoder(Path(config.out) / source.name / "model", device)
 
 
 @torch.inference_mode()
@@ -80,7 +106,8 @@ def decode(autoencoder: Autoencoder | None, latents: Tensor) -> Tensor:
     """Images (B, C, H, W) float32 on the CPU, not clamped; the latents themselves where there is no autoencoder."""
     if autoencoder is None:
         return latents
-    return autoencoder.decode(latents.to(autoencoder.shift.device)).float().cpu()
+    parts = latents.split(_at_once(autoencoder))
+    return torch.cat([autoencoder.decode(part.to(autoencoder.shift.device)).float().cpu() for part in parts])
 
 
 def encode(autoencoder: Autoencoder | None, images: Tensor) -> Tensor:
@@ -105,23 +132,44 @@ def latent_mask(mask: Tensor, autoencoder: Autoencoder) -> Tensor:
 @torch.inference_mode()
 def means(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The posterior's means (B, C, H, W) float32 on the CPU, of each batch of images."""
-    for part in batches:
-        yield autoencoder.encode(part.to(autoencoder.shift.device)).mean.float().cpu()
+    device, most = autoencoder.shift.device, _at_once(autoencoder)
+    for batch in batches:
+        yield torch.cat([autoencoder.encode(part.to(device)).mean.float().cpu() for part in batch.split(most)])
 
 
-def write_latents(folder: Path, autoencoder: Autoencoder, split: Split, chunk: int) -> None:
+def _at_once(autoencoder: Autoencoder) -> int:
+    """Images that it is given at once, at most."""
+    _, height, width = autoencoder.image_shape
+    return max(1, PIXELS // (height * width))
+
+
+def write_latents(
+    folder: Path, autoencoder: Autoencoder, split: Split, chunk: int, stopping: Callable[[], bool] = never
+) -> None:
     """Keep the latents of a split's images: shards of `chunk`, and last the index that names the autoencoder.
 
-    What is kept are the posterior's means: the decoder has learned to bear its spread around them.
+    What is kept are the posterior's means: the decoder has learned to bear its spread around them. A call that was
+    stopped is gone on with, if it was for the same.
+
+    Raises:
+        Interrupted: `stopping` said so; finished shards are kept.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    index = {"format": FORMAT, "autoencoder": autoencoder.digest, "count": len(split), "chunk": chunk}
+    text = json.dumps(index, indent=1) + "\n"
+    begun = folder / BEGUN
+    if not begun.is_file() or begun.read_text() != text:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(begun, text)
+    count = -(-len(split) // chunk)
+    first = next((i for i in range(count) if read_shard(_shard(folder, i)) is None), count)
     began = time.perf_counter()
-    for i, latents in enumerate(means(autoencoder, split.batches(chunk))):
+    for i, latents in enumerate(means(autoencoder, split.batches(chunk, first)), first):
         write_shard(_shard(folder, i), Shard(latents, time.perf_counter() - began))
         began = time.perf_counter()
-    index = {"format": FORMAT, "autoencoder": autoencoder.digest, "count": len(split), "chunk": chunk}
-    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+        if stopping():
+            raise Interrupted(f"{folder}: stopped after {i + 1} of {count} files of latents; they are kept")
+    begun.replace(folder / INDEX)
 
 
 def read_latents(folder: Path, split: Split, digest: str) -> Split:

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from fewstep.kernels.benchmark.results import commit_of
 from fewstep.lab import distributed
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.config import Config, ConfigError, PretrainedConfig
-from fewstep.lab.sources import refuse_changed
+from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.sources import Source, refuse_changed
 
 COMMIT = "fewstep.commit"  # beside a copy of the code that was taken at submission: the commit it was taken of
 _SAME_BITS = ("world_size", "threads", "torch")  # what a call must share with the one before to give its bits
@@ -54,7 +54,7 @@ def refuse_mixing(config: Config, stage: str, folder: Path) -> None:
                 f"or delete the folder and those made from it"
             )
     made = config.stages[stage]
-    if isinstance(made, PretrainedConfig):
+    if isinstance(made, Source):
         refuse_changed(made, folder)
 
 

@@ -7,27 +7,32 @@ import json
 from pathlib import Path
 
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.config import ConfigError, PretrainedConfig
+from fewstep.lab.config import ConfigError, PretrainedAutoencoderConfig, PretrainedConfig
 
 SOURCE = "source.json"
-PLACES = (".", "unet", "transformer", "scheduler", "text_encoder")  # of settings and weights in a checkpoint's folder
+# Of settings and weights in a checkpoint's folder, by the kind of stage that reads it.
+PLACES = {
+    "pretrained": (".", "unet", "transformer", "scheduler", "text_encoder", "tokenizer"),
+    "pretrained_autoencoder": (".", "vae"),
+}
+Source = PretrainedConfig | PretrainedAutoencoderConfig
 
 
-def digests(stage: PretrainedConfig) -> dict[str, str]:
+def digests(stage: Source) -> dict[str, str]:
     """SHA-256 of every file of settings or weights, by its path below the checkpoint's folder (or the scheduler's)."""
     path = Path(stage.path)
-    files = {str(Path(place) / file.name): file for place in PLACES for file in _files(path / place)}
-    if stage.scheduler is not None:
+    files = {str(Path(place) / file.name): file for place in PLACES[stage.kind] for file in _files(path / place)}
+    if isinstance(stage, PretrainedConfig) and stage.scheduler is not None:
         files |= {f"scheduler={file.name}": file for file in _files(Path(stage.scheduler))}
     return {name: _sha256(file) for name, file in files.items()}
 
 
-def write_source(folder: Path, stage: PretrainedConfig, found: dict[str, str]) -> None:
+def write_source(folder: Path, stage: Source, found: dict[str, str]) -> None:
     """Write `source.json`: where the checkpoint lay, and its `digests`."""
     write_text(folder / SOURCE, json.dumps({"path": stage.path, "sha256": found}, indent=1) + "\n")
 
 
-def refuse_changed(stage: PretrainedConfig, folder: Path) -> None:
+def refuse_changed(stage: Source, folder: Path) -> None:
     """Raise if `folder` was made from a checkpoint that is another now; it may lie elsewhere.
 
     Raises:
@@ -51,7 +56,7 @@ def refuse_changed(stage: PretrainedConfig, folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(file for suffix in ("json", "safetensors") for file in folder.glob(f"*.{suffix}"))
+    return sorted(file for suffix in ("json", "safetensors", "txt") for file in folder.glob(f"*.{suffix}"))
 
 
 def _sha256(file: Path) -> str:

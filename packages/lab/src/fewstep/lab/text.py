@@ -14,7 +14,8 @@ from fewstep.lab.data import Split
 from fewstep.models import BPETokenizer, ByteTokenizer, NetworkDenoiser, TextEncoder
 from fewstep.schedules import Cond
 
-TOKENIZERS = ("bytes", "bpe")
+PRETRAINED = "pretrained"
+TOKENIZERS = ("bytes", "bpe", PRETRAINED)
 
 
 class Prompted(nn.Module):
@@ -52,7 +53,7 @@ class Prompted(nn.Module):
 
 @dataclass(frozen=True)
 class TextSplit(Split):
-    """A captioned split whose condition is tokens (N, L) with their mask or, by a frozen encoder, embeddings of them.
+    """A captioned split whose condition is tokens (N, L), masked or not, or embeddings of them by a frozen encoder.
 
     They are embedded batch by batch, not stored: an epoch's embeddings would take more memory than its images.
     """
@@ -63,14 +64,15 @@ class TextSplit(Split):
 
     def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
         """Images (B, C, H, W) and conditions at `indices` (B,)."""
-        assert self.tokens is not None  # `conditioned` makes these
-        assert self.mask is not None
+        assert self.tokens is not None  # `conditioned` makes it
         images, indices = self.visit(indices, seeds)
-        tokens, mask = self.tokens.index_select(0, indices), self.mask.index_select(0, indices)
+        tokens = self.tokens.index_select(0, indices)
+        mask = None if self.mask is None else self.mask.index_select(0, indices)
+        masked = {} if mask is None else {"text_mask": mask}
         if self.encoder is None:
-            return images, {"tokens": tokens, "text_mask": mask}
+            return images, {"tokens": tokens, **masked}
         with torch.no_grad():
-            return images, {"text": self.encoder(tokens, mask), "text_mask": mask}
+            return images, {"text": self.encoder(tokens, mask), **masked}
 
     def to(self, device: torch.device) -> TextSplit:
         """The same on another device; the encoder is where its denoiser is."""
@@ -111,7 +113,7 @@ def _with_tokens(split: Split, tokenizing: TextEncoder, embedding: TextEncoder |
     assert split.captions is not None  # `conditioned` asked
     found = tokenizing.tokenize(split.captions)
     return TextSplit(
-        split.images, split.labels, split.captions, split.flips, found["tokens"], found["text_mask"], embedding
+        split.images, split.labels, split.captions, split.flips, found["tokens"], found.get("text_mask"), embedding
     )
 
 

@@ -30,6 +30,7 @@ from fewstep.lab.config import (
     HalveConfig,
     InvertConfig,
     MomentsConfig,
+    PretrainedAutoencoderConfig,
     PretrainedConfig,
     StageConfig,
     SweepConfig,
@@ -37,10 +38,10 @@ from fewstep.lab.config import (
     TrainingConfig,
 )
 from fewstep.lab.data import CAPTIONED, check_data
-from fewstep.lab.text import TOKENIZERS
+from fewstep.lab.text import PRETRAINED, TOKENIZERS
 from fewstep.lab.validate_edits import check_edits
 from fewstep.lab.validate_grid import check_grid, check_invert, halvings
-from fewstep.lab.validate_latents import check_autoencoder, check_space
+from fewstep.lab.validate_latents import check_autoencoder, check_pretrained_autoencoder, check_space
 from fewstep.lab.validate_moments import ADAPTIVE, check_compare, check_moments, check_sweep
 from fewstep.lab.validate_teachers import TEACHERS, check_convert, check_distillable, check_pretrained, check_student
 
@@ -120,6 +121,10 @@ def check_text(config: Config) -> None:
         right = f"given for {config.data.name}, e.g. text=small" if captioned else f"null: {config.data.name} has none"
         return require(captioned == (config.text is not None), "text", config.text and "{...}", right)
     one_of("text.tokenizer", config.text.tokenizer, TOKENIZERS)
+    kinds = [stage.kind for stage in config.stages.values()]
+    has_encoder = config.text.tokenizer != PRETRAINED or ("pretrained" in kinds and "teacher" not in kinds)
+    right = "bpe or bytes: only a teacher of kind pretrained brings an encoder"
+    require(has_encoder, "text.tokenizer", config.text.tokenizer, right)
     positive("text", config.text, "width", "depth", "heads")
     require(config.text.length >= 2, "text.length", config.text.length, "2 or more: a token and the end")
     least = config.text.tokenizer != "bpe" or config.text.vocabulary >= 258
@@ -240,6 +245,7 @@ CHECKS: dict[type, Callable[[str, Any, Config], None]] = {
     TrainingConfig: _check_training,
     ClassifierConfig: _check_classifier,
     AutoencoderConfig: check_autoencoder,
+    PretrainedAutoencoderConfig: check_pretrained_autoencoder,
     TeacherConfig: _check_teacher,
     PretrainedConfig: check_pretrained,
     ConvertConfig: check_convert,

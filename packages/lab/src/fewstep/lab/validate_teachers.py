@@ -14,9 +14,11 @@ from fewstep.lab.config import (
     StudentNetworkConfig,
 )
 from fewstep.lab.latents import INSIDE, sample_shape
+from fewstep.lab.networks import config_of
 from fewstep.lab.pretrained import brings_own_network, read_checkpoint
 from fewstep.lab.record import ancestry
-from fewstep.models import NetworkDenoiser
+from fewstep.lab.text import PRETRAINED
+from fewstep.models import ClipTextEncoder, NetworkDenoiser
 
 TEACHERS = ("teacher", "pretrained", "convert")  # kinds of stages that give a teacher
 OTHERWISE = "fewstep.models.from_diffusers and fewstep.distill do that in a program of yours"
@@ -24,9 +26,10 @@ OTHERWISE = "fewstep.models.from_diffusers and fewstep.distill do that in a prog
 
 def check_pretrained(key: str, stage: PretrainedConfig, config: Config) -> None:
     """The checkpoint, by its settings: a teacher of the experiment's data, which can be guided."""
-    if any((Path(stage.path) / inside).is_dir() for inside in ("vae", INSIDE)):
-        wrong = "a model of pixels; this one works on the latents of an autoencoder, which experiments cannot read"
-        raise ConfigError(f"{key}.path={stage.path}: must be {wrong} ({OTHERWISE})")
+    if config.space is None and any((Path(stage.path) / inside).is_dir() for inside in ("vae", INSIDE)):
+        wrong = "a model of pixels; this one works on the latents of an autoencoder"
+        right = "with space=latent and a stage of kind pretrained_autoencoder it may"
+        raise ConfigError(f"{key}.path={stage.path}: must be {wrong} ({right})")
     found = read_checkpoint(stage, config.data.image_size, weights=False)
     _check_kind(f"{key}.path", stage, found)
     shape = sample_shape(config)
@@ -55,8 +58,18 @@ def _check_condition(key: str, stage: PretrainedConfig, found: NetworkDenoiser, 
     text = f"a model of {'classes' if config.text is None else 'text'}, as data={data.name} asks"
     require(found.takes_text == (config.text is not None), key, stage.path, text)
     if found.text_encoder is None:
-        right = "saved with a fewstep.models.TextEncoder; this one takes embeddings of an encoder that is not here"
+        right = "saved with a fewstep.models.TextEncoder, or with CLIP's text_encoder/ and tokenizer/ in its folder; "
+        right += "this one takes embeddings of an encoder that is not here"
         raise ConfigError(f"{key}={stage.path}: must be a model {right} ({OTHERWISE})")
+    assert config.text is not None  # as it takes text
+    asks = config_of(found).get("settings", {}).get("cross_attention_dim", found.text_encoder.width)
+    right = f"a model that takes embeddings of its encoder's {found.text_encoder.width} channels; this one takes {asks}"
+    require(asks == found.text_encoder.width, key, stage.path, right)
+    if config.text.tokenizer == PRETRAINED:
+        return
+    if isinstance(found.text_encoder, ClipTextEncoder):
+        right = f"{PRETRAINED}: {key}={stage.path} brings CLIP's encoder"
+        raise ConfigError(f"text.tokenizer={config.text.tokenizer}: must be {right}; use text={PRETRAINED}")
     for name, value in found.text_encoder.config.items():
         asked = getattr(config.text, name)
         require(asked == value, f"text.{name}", asked, f"{value}, as the encoder of {key}={stage.path} has")

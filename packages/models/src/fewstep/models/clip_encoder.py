@@ -61,7 +61,7 @@ class ClipTokenizer:
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-            description = _description(_read_json(folder / "vocab.json"), merges)
+            description = description_of(_read_json(folder / "vocab.json"), merges)
         else:
             raise FileNotFoundError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt")
         try:
@@ -285,7 +285,7 @@ class ClipTextEncoder(TextEncoder):
             raise ValueError(f"{path} does not fit its config.json: {' '.join(str(error).split())}") from None
 
 
-def _description(vocabulary: Mapping[str, int], merges: list[list[str]]) -> dict[str, Any]:
+def description_of(vocabulary: Mapping[str, int], merges: list[list[str]]) -> dict[str, Any]:
     """tokenizer.json of CLIP's tokenizer with this vocabulary."""
     tokens = [
         {"id": vocabulary.get(token), "content": token, "single_word": False, "lstrip": False, "rstrip": False,

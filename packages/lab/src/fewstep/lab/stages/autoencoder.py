@@ -19,6 +19,8 @@ from fewstep.lab.latents import FOLDER, decode, means, read_latents, write_laten
 from fewstep.lab.stages.fit import fit, seed_everything
 from fewstep.models import Autoencoder
 
+Found = dict[str, Any]
+
 
 def run(ctx: StageContext) -> None:
     """Train it; writes `model/`, scaled to latents of unit variance, `latents/`, and `reconstruction.json`.
@@ -49,10 +51,16 @@ def _finish(ctx: StageContext, autoencoder: Autoencoder) -> None:
     for name, split in splits.items():
         write_latents(ctx.out / FOLDER / name, autoencoder, split, chunk)
     trips = {name: _round_trips(ctx.out / FOLDER / name, autoencoder, split, chunk) for name, split in splits.items()}
-    found: dict[str, Any] = {"rmse": {name: _error(trips[name], split, chunk) for name, split in splits.items()}}
-    text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['rmse']['heldout']:.4f} of pixels in [-1, 1]"
+    found: Found = {"rmse": {name: error(trips[name], split, chunk) for name, split in splits.items()}}
     if ctx.config.data.name == "captioned_shapes" and data.heldout.captions is not None:
         found["alignment"] = shares(scores(data.heldout.captions, trips["heldout"]))
+    say(ctx, found)
+
+
+def say(ctx: StageContext, found: Found) -> None:
+    """Write `reconstruction.json`, and a line of it on the console."""
+    text = f"{ctx.stage.name}  round trip of held-out images: RMSE {found['rmse']['heldout']:.4f} of pixels in [-1, 1]"
+    if "alignment" in found:
         text += f", captions hold of {found['alignment']['all']['share']:.1%}"
     write_text(ctx.out / "reconstruction.json", json.dumps(found) + "\n")
     ctx.console.print(text, highlight=False)
@@ -64,7 +72,7 @@ def _round_trips(folder: Path, autoencoder: Autoencoder, split: Split, chunk: in
     return torch.cat([decode(autoencoder, latents) for latents in kept.batches(chunk)]).clamp(-1, 1)
 
 
-def _error(made: Tensor, split: Split, chunk: int) -> float:
+def error(made: Tensor, split: Split, chunk: int) -> float:
     """Root of the mean squared pixel error."""
     parts = zip(made.split(chunk), split.batches(chunk), strict=True)
     return math.sqrt(sum(float((one - other).double().square().sum()) for one, other in parts) / made.numel())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.files import format_of
-from fewstep.models.interchange.library import diffusers, settings_of
+from fewstep.models.interchange.library import LOCAL, diffusers, settings_of
 
 PART, CLASS = "vae", "AutoencoderKL"
 
@@ -73,7 +73,7 @@ class DiffusersAutoencoder(Autoencoder):
             raise ValueError(f"{places[0]}: autoencoder class {found!r} is unknown: use {CLASS}")
         kind: Any = getattr(library, CLASS)
         if weights:
-            model = kind.from_pretrained(places[0], use_safetensors=True, local_files_only=True).float()
+            model = kind.from_pretrained(places[0], **LOCAL).float()
             return cls(image_size, settings_of(model), model).eval()
         with torch.device("meta"):
             model = kind.from_config(settings)

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.models.autoencoder import Autoencoder
+from fewstep.models.clip_encoder import ClipTextEncoder
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.dit import DiT
 from fewstep.models.embedding import GuidanceEmbedding, sinusoidal
+from fewstep.models.interchange.autoencoder import DiffusersAutoencoder
 from fewstep.models.interchange.library import CLASSES, DIT, PREDICTIONS, TEXT_UNET, UNET, diffusers, settings_of
 from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.models.interchange.twin import unet_settings, unet_weights
@@ -35,15 +38,20 @@ OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def to_diffusers(
-    denoiser: NetworkDenoiser, path: str | os.PathLike[str], *, scheduler: str = "ddim", w: float | None = None
+    denoiser: NetworkDenoiser,
+    path: str | os.PathLike[str],
+    *,
+    scheduler: str = "ddim",
+    w: float | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> None:
     """Write a pipeline's folder: network and scheduler, whose output is that of `samplers.ddim` on a uniform grid.
 
     "ddim" at any steps that divide the scheduler's indices, "lcm" at one step (at more, LCM adds fresh noise between
     them). A UNet2DConditionModel runs in StableDiffusionPipeline or, with "lcm", LatentConsistencyModelPipeline, and
-    takes w as their guidance_scale = 1 + w; vae, text encoder and tokenizer are given to `from_pretrained`. Our UNet
-    becomes a UNet2DModel with a learned table of time features, DDIMPipeline's (which gives no classes: with classes,
-    load `unet` and `scheduler` by themselves). Written beside `path` and then renamed.
+    takes w as their guidance_scale = 1 + w; which of vae, text encoder and tokenizer is not written here is given to
+    `from_pretrained`. Our UNet becomes a UNet2DModel with a learned table of time features, DDIMPipeline's (which gives
+    no classes: with classes, load `unet` and `scheduler` by themselves). Written beside `path` and then renamed.
 
     Args:
         denoiser: around a wrapped diffusers model or a UNet, under a variance preserving schedule.
@@ -51,6 +59,8 @@ def to_diffusers(
         scheduler: "ddim" or "lcm".
         w: the weight to fix where diffusers' network has no input for it; only for guidance of form "diffusers".
             w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+        autoencoder: of its latents; a `DiffusersAutoencoder` is written as vae/, as the denoiser's `ClipTextEncoder` is
+            as text_encoder/ and tokenizer/.
 
     Raises:
         ValueError: a network, schedule, prediction, guidance form or kind of student that diffusers has no place for.
@@ -67,8 +77,20 @@ def to_diffusers(
         part = "transformer" if kind == DIT else "unet"
         model.save_pretrained(folder / part)
         noise.save_pretrained(folder / "scheduler")
-        index = _index(kind, scheduler, part, library.__version__)
+        index = _index(kind, scheduler, part, library.__version__) | _write_parts(folder, denoiser, autoencoder)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_parts(folder: Path, denoiser: NetworkDenoiser, autoencoder: Autoencoder | None) -> dict[str, list[str]]:
+    """The rest of the pipeline, as far as it is of diffusers' kind; what the index says of it."""
+    found: dict[str, list[str]] = {}
+    if isinstance(autoencoder, DiffusersAutoencoder):
+        autoencoder.model.save_pretrained(folder / "vae")
+        found["vae"] = ["diffusers", "AutoencoderKL"]
+    if isinstance(denoiser.text_encoder, ClipTextEncoder):
+        denoiser.text_encoder.write(folder)
+        found |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    return found
 
 
 def _as_theirs(denoiser: NetworkDenoiser, library: Any, w: float | None) -> Any:

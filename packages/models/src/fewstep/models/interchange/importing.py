@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.interchange.library import diffusers, known_class, known_prediction, settings_of
+from fewstep.models.interchange.library import LOCAL, diffusers, known_class, known_prediction, settings_of
 from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.schedules import Discrete, Trained
 
@@ -104,7 +104,7 @@ def _read(folder: Path, scheduler: Any, library: Any, weights: bool) -> tuple[nn
     settings = _read_settings(places[0] / "config.json")
     kind = getattr(library, known_class(str(settings.get("_class_name"))))
     if weights:
-        model: nn.Module = kind.from_pretrained(places[0], use_safetensors=True, local_files_only=True)
+        model: nn.Module = kind.from_pretrained(places[0], **LOCAL)
         return model, scheduler
     with torch.device("meta"):
         return kind.from_config(settings), scheduler

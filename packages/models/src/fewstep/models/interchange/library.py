@@ -11,6 +11,9 @@ from fewstep.schedules import Prediction
 UNET, TEXT_UNET, DIT = CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 
+# from files here, none of them a pickle; what low_cpu_mem_usage does needs another library
+LOCAL = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+
 
 def diffusers(what: str) -> ModuleType:
     """The library. what: who asks for it.
