@@ -194,6 +194,34 @@ def test_latents_are_gone_on_with(run: Path, checkpoint: Path, tmp_path: Path, m
     torch.testing.assert_close(read_latents(tmp_path / "latents", split, autoencoder.digest).images, kept / 2)
 
 
+def test_latents_too_many_for_memory_stay_in_files(
+    run: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million of them in each of eight processes is a node's memory; from the files they are the same, in any order."""
+    from fewstep.lab import latents
+
+    split, autoencoder = load_data(config(checkpoint).data).train, load_autoencoder(run / "autoencoder" / "model")
+    folder = tmp_path / "autoencoder" / "latents" / "train"
+    latents.write_latents(folder, autoencoder, split, 16)
+    kept = read_latents(folder, split, autoencoder.digest)
+    monkeypatch.setattr(latents, "MEMORY", 1000)
+    streamed = read_latents(folder, split, autoencoder.digest)
+    assert not isinstance(streamed.images, torch.Tensor)
+    order = torch.tensor([59, 0, 17, 16, 15, 0])
+    x, y = streamed.take(order)
+    expected, labels = kept.take(order)
+    assert torch.equal(x, expected)
+    assert torch.equal(y, labels)
+    shard = folder / "00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    damaged = read_latents(folder, split, autoencoder.digest)
+    damaged.take(order)
+    with pytest.raises(ConfigError, match=r"00002.safetensors: missing or damaged; delete .*autoencoder and run again"):
+        damaged.take(torch.tensor([40]))
+
+
 def test_large_pictures_are_decoded_in_parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk of samples at 512x512 would not fit into a GPU's memory."""
     from fewstep.lab import latents

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from fewstep.lab.checkpoint import write_text
@@ -32,6 +34,7 @@ from fewstep.lab.shards import Shard, read_shard, write_shard
 from fewstep.models import Autoencoder, DiffusersAutoencoder, load_autoencoder
 
 FORMAT = 1
+MEMORY = 2**31  # bytes of latents that every process keeps in memory, at most; more stay in files
 PIXELS = 16 * 512 * 512  # encoded or decoded at once, at most: an autoencoder keeps hundreds of numbers of each
 AutoencoderStage = AutoencoderConfig | PretrainedAutoencoderConfig
 LATENT = "latent"
@@ -191,11 +194,70 @@ def read_latents(folder: Path, split: Split, digest: str) -> Split:
         raise ConfigError(f"{text}; {again}")
     if count != len(split):
         raise ConfigError(f"{folder}: latents of {count} images, the data set has {len(split)}; {again}")
-    found = [read_shard(_shard(folder, i)) for i in range(-(-count // chunk))]
-    missing = [str(_shard(folder, i)) for i, shard in enumerate(found) if shard is None]
-    if missing:
-        raise ConfigError(f"{missing[0]}: missing or damaged; {again}")
-    return replace(split, images=torch.cat([shard.images for shard in found if shard is not None]))
+    files = LatentFiles([_shard(folder, i) for i in range(-(-count // chunk))], count, chunk)
+    few = count * files.bytes_of_one() <= MEMORY
+    return replace(split, images=files.all() if few else files)
+
+
+class LatentFiles:
+    """Latents that stay in their files; `data.Stored`, of those too many for the memory of every process.
+
+    What was read lies in the system's cache of files, once for all processes. A file's checksum is looked at when it is
+    first asked for.
+
+    paths: the files, each of `chunk` latents but the last. count: latents in all.
+    """
+
+    ahead = 0
+    unreadable: Sized = ()
+
+    def __init__(self, paths: list[Path], count: int, chunk: int) -> None:
+        self._paths, self._count, self._chunk = paths, count, chunk
+        self._rows: dict[int, Any] = {}
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise self._damaged(missing[0])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def expect(self, indices: Tensor) -> None:
+        """Nothing: they are read when they are asked for."""
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, H, W) float32 at `indices` (B,), and these.
+
+        Raises:
+            ConfigError: a file is damaged.
+        """
+        places = [divmod(index, self._chunk) for index in indices.tolist()]
+        return torch.cat([self._file(number)[row : row + 1] for number, row in places]), indices
+
+    def all(self) -> Tensor:
+        """All of them, in memory."""
+        return torch.cat([self._whole(path) for path in self._paths])
+
+    def bytes_of_one(self) -> int:
+        """What one of them takes."""
+        one, _ = self.read(torch.tensor([0]))
+        return one.numel() * one.element_size()
+
+    def _file(self, number: int) -> Any:
+        if number not in self._rows:
+            path = self._paths[number]
+            self._whole(path)
+            self._rows[number] = safe_open(path, framework="pt").get_slice("images")
+        return self._rows[number]
+
+    def _whole(self, path: Path) -> Tensor:
+        found = read_shard(path)
+        if found is None:
+            raise self._damaged(path)
+        return found.images
+
+    @staticmethod
+    def _damaged(path: Path) -> ConfigError:
+        return ConfigError(f"{path}: missing or damaged; delete {path.parents[2]} and run again")
 
 
 def _shard(folder: Path, number: int) -> Path:
