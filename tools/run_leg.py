@@ -51,6 +51,9 @@ def main() -> int:
         known = restored(config, args.leg, legs)
     except ValueError as error:
         return say(str(error), 2)
+    from fewstep.kernels import use_backend
+
+    use_backend(args.backend)
     code = run(config, began + 60 * args.minutes - CLOSING)
     try:
         made = leg_files.pack(Path(config.out), args.out, known)
@@ -72,6 +75,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--legs", type=Path, action="append", default=[], help="files of a leg before; may be repeated")
     parser.add_argument("--data", type=Path, help="folder of the images; default: the bundle's, if it has any")
     parser.add_argument("--experiment", type=Path, default=ROOT / "experiments/cifar10")
+    backends = ("auto", "reference", "triton", "cuda")
+    parser.add_argument("--backend", choices=backends, default="auto", help="of kernels, see make gpu-check")
     parser.add_argument("--minutes", type=float, default=8.0, help="of the clock")
     return parser.parse_intermixed_args()
 

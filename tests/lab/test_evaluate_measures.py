@@ -17,7 +17,7 @@ from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import distances, pairs, rows, timing
 from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import OTHER, Draw, Students, equal_calls
-from fewstep.lab.metrics import Moments, frechet_distance, kernel_distance, standardised
+from fewstep.lab.metrics import Moments, frechet_distance, kernel_distance, precision_recall, standardised
 from fewstep.lab.stages import evaluate
 from fewstep.samplers import ddim, dpmpp_2m
 
@@ -68,6 +68,19 @@ def test_kid_does_not_depend_on_the_scale_of_the_judges_features(reference: Refe
     found, heldout = reference.train.found.features, reference.heldout.found.features
     expected = kernel_distance(standardised(1000 * found, 1000 * heldout), standardised(heldout, heldout), 3)
     assert reference.of_training_images()["kid"] == pytest.approx(expected.mean, rel=1e-9)
+
+
+def test_precision_and_recall_take_no_more_images_than_fit(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of CIFAR-10's 50,000 training images all distances would be 10 GB, twice; FID takes all images all the same."""
+    whole = reference.of_training_images()
+    monkeypatch.setattr(distances, "MOST", 35)
+    found = reference.of_training_images()
+    train, heldout = reference.train.found.features, reference.heldout.found.features
+    every = [8 * i // 7 for i in range(35)]  # 35 of 40
+    assert (found["precision"], found["recall"]) == precision_recall(train[::2], heldout[every])
+    assert found["fid_heldout"] == whole["fid_heldout"]
 
 
 def test_the_baseline_is_the_better_undistilled_sampler(tmp_path: Path, reference: Reference) -> None:

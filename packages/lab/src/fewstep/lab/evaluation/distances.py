@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.lab.data import Data, Split
@@ -24,6 +25,7 @@ from fewstep.lab.metrics import (
 )
 
 BATCH = 512  # images that the judge sees at once
+MOST = 10_000  # images of a set that precision and recall take: they hold all distances between two of these in memory
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class SplitFeatures:
 class Reference:
     """The data, and how finely it is compared with.
 
-    KID, precision and recall are against held-out images; KID in features that are standardised by theirs.
+    KID, precision and recall are against held-out images; KID in features that are standardised by theirs, precision
+    and recall of at most `MOST` images of each set, spread evenly.
     allow_few_samples: also FID of fewer samples than features.
     """
 
@@ -82,7 +85,7 @@ class Reference:
         moments = Moments.of(found.features)
         heldout = self.heldout.found.features
         kid = kernel_distance(standardised(found.features, heldout), standardised(heldout, heldout), self.kid_subsets)
-        precision, recall = precision_recall(found.features, heldout)
+        precision, recall = precision_recall(spread(found.features), spread(heldout))
         return {
             "samples": len(labels),
             "fid_heldout": self.fid(moments, self.heldout.moments),
@@ -98,6 +101,12 @@ class Reference:
     def of_training_images(self) -> dict[str, Any]:
         """What perfect samples would reach: the training images themselves against held-out ones."""
         return self.distances(self.train.found, self.train.labels)
+
+
+def spread(features: Tensor) -> Tensor:
+    """At most `MOST` rows of features (N, D), spread evenly."""
+    count = len(features)
+    return features if count <= MOST else features[torch.arange(MOST) * count // MOST]
 
 
 def describe(samples: Samples, draw: Draw) -> dict[str, Any]:
