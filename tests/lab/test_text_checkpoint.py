@@ -197,7 +197,7 @@ def test_latents_are_gone_on_with(run: Path, checkpoint: Path, tmp_path: Path, m
 def test_latents_too_many_for_memory_stay_in_files(
     run: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A million of them in each of eight processes is a node's memory; from the files they are the same, in any order."""
+    """A million of them in each of eight processes is a node's memory; from files they are the same, in any order."""
     from fewstep.lab import latents
 
     split, autoencoder = load_data(config(checkpoint).data).train, load_autoencoder(run / "autoencoder" / "model")
