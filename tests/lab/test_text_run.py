@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lab_configs import EXPERIMENTS
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,8 +28,10 @@ from fewstep.lab.networks import build_denoiser
 from fewstep.lab.report.grid import markdown
 from fewstep.lab.sampling import SampleSpec
 from fewstep.lab.shapes import World, parse, read, score
+from fewstep.lab.targets import training_of
 from fewstep.lab.text import Prompted, TextSplit, conditioned, for_method, new_encoder
-from fewstep.models import Autoencoder, NetworkDenoiser, load, with_guidance_input
+from fewstep.lab.thumbnails import ThumbnailRegression, Thumbnails
+from fewstep.models import Autoencoder, NetworkDenoiser, TextEncoder, load, with_guidance_input
 from fewstep.samplers import ddim
 from fewstep.schedules import sample_seeds, seeded_noise
 
@@ -39,6 +43,42 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "shapes_text"
     assert main(["evaluate", str(SHAPES_TEXT), "preset=debug", f"out={out}", "--grid"]) == 0
     return out
+
+
+def test_a_text_encoder_learns_what_pictures_look_like_on_average() -> None:
+    """From the order of words alone: two captions of the same words, each of many pictures whose means are known."""
+    torch.manual_seed(0)
+    captions = ["red left of blue", "blue left of red"]
+    means = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).view(2, 1, 1, 2)
+    encoder = new_encoder(TextConfig("bytes", 300, 20, 16, 2, 2), captions)
+    method = ThumbnailRegression(Thumbnails(encoder, 2, 1))
+    optimizer = torch.optim.Adam(method.param_groups()["thumbnails"], lr=3e-3)
+    cond = encoder.tokenize(captions * 16)
+    for step in range(250):
+        pictures = (means.repeat(16, 1, 4, 1) + torch.randn(32, 1, 4, 2)).repeat_interleave(2, dim=3)
+        loss, _ = method.loss(method.draw(pictures, cond, torch.arange(32), step), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        made = method.networks["thumbnails"](*(cond[name][:2] for name in ("tokens", "text_mask")))
+    torch.testing.assert_close(made, means.expand(-1, -1, 2, -1), atol=0.2, rtol=0)
+
+
+def test_a_teacher_goes_on_with_the_encoder_that_its_stage_made(run: Path) -> None:
+    """Beginning anew would lose what it learned; the encoder is then the teacher's own, which goes on learning."""
+    config = compose(SHAPES_TEXT, ["preset=debug", f"out={run}"])
+    begun = TextEncoder.load(run / "text_encoder/model")
+    folder = run.parent / "again"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("teacher", "guide", "halve", "grid"))
+    config.out = str(folder)
+    method, _ = training_of(config, "teacher", Console(quiet=True))
+    (trained,) = method.networks.values()
+    assert isinstance(trained, Prompted)
+    assert trained.encoder.digest == begun.digest
+    saved = load(run / "teacher/model").text_encoder
+    assert saved is not None
+    assert saved.digest != begun.digest
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,20 @@ class AutoencoderConfig(TrainingConfig):
 
 
 @dataclass
+class TextEncoderConfig(TrainingConfig):
+    """The text encoder, before a teacher that needs this stage goes on with it.
+
+    It learns to tell from a caption how its picture looks on average, as a thumbnail of `size` x `size` pixels.
+    """
+
+    kind: str = "text_encoder"
+    updates: int = 4000
+    batch_size: int = 128
+    anneal: str = "linear"
+    size: int = 4
+
+
+@dataclass
 class PretrainedAutoencoderConfig(StageConfig):
     """The autoencoder of `space: latent` that is there already, and not trained.
 
@@ -641,6 +655,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "classifier": ClassifierConfig,
     "autoencoder": AutoencoderConfig,
     "pretrained_autoencoder": PretrainedAutoencoderConfig,
+    "text_encoder": TextEncoderConfig,
     "teacher": TeacherConfig,
     "pretrained": PretrainedConfig,
     "convert": ConvertConfig,

@@ -27,6 +27,7 @@ from fewstep.lab.config import (
     ConfigError,
     PretrainedAutoencoderConfig,
     StageConfig,
+    TextEncoderConfig,
 )
 from fewstep.lab.context import Interrupted, never
 from fewstep.lab.data import Split, load_data
@@ -35,6 +36,7 @@ from fewstep.models import Autoencoder, DiffusersAutoencoder, load_autoencoder
 
 FORMAT = 1
 MEMORY = 2**31  # bytes of latents that every process keeps in memory, at most; more stay in files
+PICTURES = ClassifierConfig | AutoencoderConfig | TextEncoderConfig  # trainings that never see latents
 PIXELS = 16 * 512 * 512  # encoded or decoded at once, at most: an autoencoder keeps hundreds of numbers of each
 AutoencoderStage = AutoencoderConfig | PretrainedAutoencoderConfig
 LATENT = "latent"
@@ -80,7 +82,7 @@ def training_split(config: Config, stage: StageConfig) -> Split:
         ConfigError: the latents are missing or damaged, or were made with another autoencoder.
     """
     split, source = load_data(config.data).train, autoencoder_stage(config)
-    if source is None or isinstance(stage, ClassifierConfig | AutoencoderConfig):
+    if source is None or isinstance(stage, PICTURES):
         return split
     folder = Path(config.out) / source.name
     return read_latents(folder / FOLDER / "train", split, load_autoencoder(folder / "model").digest)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.distill import Method
 from fewstep.lab.config import ConfigError, TextConfig
 from fewstep.lab.data import Split
+from fewstep.lab.thumbnails import Thumbnails
 from fewstep.models import BPETokenizer, ByteTokenizer, NetworkDenoiser, TextEncoder
 from fewstep.schedules import Cond
 
@@ -91,7 +92,7 @@ def conditioned(split: Split, *networks: object) -> Split:
     if split.captions is None:
         return split
     for network in networks:
-        if isinstance(network, Prompted):
+        if isinstance(network, Prompted | Thumbnails):
             return _with_tokens(split, network.encoder, None)
         encoder = getattr(network, "text_encoder", None)
         if encoder is not None:

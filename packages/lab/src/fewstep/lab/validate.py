@@ -35,6 +35,7 @@ from fewstep.lab.config import (
     StageConfig,
     SweepConfig,
     TeacherConfig,
+    TextEncoderConfig,
     TrainingConfig,
 )
 from fewstep.lab.data import CAPTIONED, check_data
@@ -179,7 +180,17 @@ def _check_classifier(key: str, stage: ClassifierConfig, config: Config) -> None
     require(stage.noise >= 0, f"{key}.noise", stage.noise, "0 or more")
 
 
+def _check_text_encoder(key: str, stage: TextEncoderConfig, config: Config) -> None:
+    learns = config.text is not None and config.text.tokenizer != PRETRAINED
+    right = "left out without a text encoder that learns, as text=small has"
+    require(learns, f"{key}.kind", stage.kind, right)
+    size = config.data.image_size
+    require(1 <= stage.size <= size, f"{key}.size", stage.size, f"1 to {size} pixels, the side of the pictures")
+
+
 def _check_teacher(key: str, stage: TeacherConfig, config: Config) -> None:
+    if any(config.stages[need].kind == "text_encoder" for need in stage.needs):
+        needs_one(key, stage, config, "text_encoder")
     require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
 
 
@@ -246,6 +257,7 @@ CHECKS: dict[type, Callable[[str, Any, Config], None]] = {
     ClassifierConfig: _check_classifier,
     AutoencoderConfig: check_autoencoder,
     PretrainedAutoencoderConfig: check_pretrained_autoencoder,
+    TextEncoderConfig: _check_text_encoder,
     TeacherConfig: _check_teacher,
     PretrainedConfig: check_pretrained,
     ConvertConfig: check_convert,

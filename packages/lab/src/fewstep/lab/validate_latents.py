@@ -4,14 +4,13 @@ from fewstep.lab.autoencoding import ERRORS
 from fewstep.lab.checks import one_of, positive, require
 from fewstep.lab.config import (
     AutoencoderConfig,
-    ClassifierConfig,
     Config,
     ConfigError,
     PretrainedAutoencoderConfig,
     PretrainedConfig,
     TrainingConfig,
 )
-from fewstep.lab.latents import LATENT, AutoencoderStage, read_autoencoder
+from fewstep.lab.latents import LATENT, PICTURES, AutoencoderStage, read_autoencoder
 from fewstep.lab.record import ancestry
 
 PIXELS_ONLY = ("invert",)  # kinds of stages that know images alone
@@ -53,7 +52,7 @@ def check_space(config: Config) -> None:
     refused = (*PIXELS_ONLY, "pretrained") if trained else PIXELS_ONLY  # a checkpoint knows its own latents alone
     for name, stage in config.stages.items():
         require(stage.kind not in refused, f"stages.{name}.kind", stage.kind, f"left out with space={LATENT}")
-        trains = isinstance(stage, TrainingConfig) and not isinstance(stage, ClassifierConfig | AutoencoderConfig)
+        trains = isinstance(stage, TrainingConfig) and not isinstance(stage, PICTURES)
         if trains or isinstance(stage, PretrainedConfig):
             right = f"such that {name} rests on {found[0]}, whose latents it works on"
             require(found[0] in ancestry(config, name), f"stages.{name}.needs", stage.needs, right)
