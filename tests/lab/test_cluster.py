@@ -192,6 +192,39 @@ def test_near_its_limit_a_job_requeues_itself_whatever_it_does(tmp_path: Path, m
     assert len(asked) == 2  # nothing to requeue any more
 
 
+def test_a_job_asks_again_to_be_requeued_while_the_controller_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Broken: the controller is restarted in the second in which a job has saved, and the job counts as failed.
+    submission, asked = ledger.new(tmp_path, "slurm"), []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setattr(job, "PATIENCE", (0, 0))
+
+    def requeue(identity: str) -> None:
+        asked.append(identity)
+        if len(asked) < 3:
+            raise slurm.SlurmError("scontrol: no answer")
+
+    def states(*found: str | None) -> None:
+        asked.clear()
+        left = list(found)
+        monkeypatch.setattr(slurm, "state", lambda identity: left.pop(0))
+
+    monkeypatch.setattr(slurm, "requeue", requeue)
+    states(None, None, "RUNNING")
+    job.requeue_once(submission)
+    assert asked == ["7", "7", "7"]
+    states(None, "COMPLETING")  # Slurm has seen to it meanwhile
+    job.requeue_once(submission)
+    assert asked == ["7"]
+    submission.logs.mkdir(parents=True, exist_ok=True)
+    (submission.logs / "7.cancelled").touch()
+    states("RUNNING")
+    job.requeue_once(submission)
+    assert not asked
+
+
 def test_an_older_attempt_neither_claims_nor_writes(tmp_path: Path) -> None:
     # Broken: the copy of a job that a frozen node still runs writes beside the requeued one.
     first, second, resumed = Attempt(1, 0, "99"), Attempt(1, 1, "99"), Attempt(2, 0, "98")

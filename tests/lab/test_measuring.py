@@ -142,6 +142,7 @@ def test_what_cannot_be_compared_is_refused_before_any_compute(place: Path, caps
         ([*samples, "--features", str(place / "other")], r"weights=\w+: must be \w+, that of the samples"),
         (["--samples", str(place / "large.safetensors"), *judge], "resolution=8: must be 16"),
         (["--samples", str(place / "few.safetensors"), *judge], "15 samples, 16 features.*KID is not.*--allow-few"),
+        ([*samples, *judge, "--shards", "2"], "--shards 2: must be 1 with cluster=local"),
         ([*samples, *judge, "--splits", "46"], "--splits 46: must be 45 or less"),
         ([*samples, *judge, "--model", "x"], "exactly one of them must be given"),
         (judge, "exactly one of them must be given"),

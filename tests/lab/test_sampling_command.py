@@ -112,6 +112,8 @@ def test_a_stage_one_model_takes_any_steps(models: Path, tmp_path: Path) -> None
         ("student", ["--w", "-1"], "--w -1.0: must be 0 (no guidance) or more"),
         ("student", ["--w", "nan"], "--w nan"),
         ("student", ["--num", "0"], "--num 0: must be 1 or more"),
+        ("student", ["--shards", "0"], "--shards 0: must be 1 or more"),
+        ("student", ["--shards", "4"], "--shards 4: must be 1 with cluster=local"),
         ("student", ["--sampler", "euler"], "one of ddim, stochastic, dpmpp_2m, heun, ancestral"),
         ("student", ["--steps", "0"], "--steps 0: must be 1 or more"),
         ("student", ["--steps", "2"], "--steps 2: must be 4 or left out: "),

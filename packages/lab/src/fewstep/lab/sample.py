@@ -77,7 +77,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     import torch
 
-    from fewstep.lab.cluster.choice import chosen
+    from fewstep.lab.cluster.choice import check_shards, chosen
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
     from fewstep.lab.inpainting import as_generator
@@ -85,12 +85,13 @@ def command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.sampling import begin_sampling, misuse
     from fewstep.models import load
 
-    for name in ("num", "chunk", "shards"):
+    for name in ("num", "chunk"):
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
     device = pick_device(args.device)
     network = load(args.model, device)
     spec = spec_of(args, network)
     cluster = chosen(args.overrides)
+    check_shards(args.shards, cluster)
     autoencoder = autoencoder_of(Path(args.model), device)
     denoiser = as_generator(with_guidance(network, spec.w), autoencoder)
     if cluster.kind == "slurm":

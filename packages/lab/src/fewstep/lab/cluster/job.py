@@ -32,6 +32,7 @@ from fewstep.lab.signals import StopFlag, stop_on_signals
 
 LATER = 75  # exit code of a job that stopped with its work saved (EX_TEMPFAIL)
 LAST_SECONDS = 10  # before the time limit: whoever is still saving is requeued all the same
+PATIENCE = (2, 5, 10, 20, 30)  # seconds between attempts to be requeued by a controller that is away
 STARTED = "FEWSTEP_STARTED"  # when the job's script began: not all versions of Slurm tell when it will end
 _PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|NCCL|[Tt]imed? ?out")  # another process died first
 
@@ -144,16 +145,22 @@ def leave_for_later(submission: Submission, code: int) -> None:
 
 
 def requeue_once(submission: Submission) -> None:
-    """Back into the queue, unless this job was cancelled or Slurm has already seen to it."""
+    """Back into the queue, unless this job was cancelled or Slurm has already seen to it.
+
+    A controller that does not answer is asked again: it may be on its way back, and nobody else requeues the job.
+    """
     identity = os.environ["SLURM_JOB_ID"]
-    cancelled = (submission.logs / f"{os.environ.get('SLURM_ARRAY_JOB_ID', identity)}.cancelled").exists()
-    if cancelled or slurm.state(identity) != "RUNNING":
-        return
-    try:
-        slurm.requeue(identity)
-        print(f"job {identity}: saved and requeued", flush=True)
-    except slurm.SlurmError as error:
-        print(f"job {identity}: not requeued: {error}", file=sys.stderr)
+    cancelled = submission.logs / f"{os.environ.get('SLURM_ARRAY_JOB_ID', identity)}.cancelled"
+    for wait in (*PATIENCE, 0):
+        state = slurm.state(identity)
+        if cancelled.exists() or state not in ("RUNNING", None):
+            return
+        try:
+            slurm.requeue(identity)
+            return print(f"job {identity}: saved and requeued", flush=True)
+        except slurm.SlurmError as error:
+            print(f"job {identity}: not requeued: {error}", file=sys.stderr)
+        time.sleep(wait)
 
 
 @contextmanager

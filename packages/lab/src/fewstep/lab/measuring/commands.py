@@ -91,11 +91,11 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
         ValueError: a reference of another extractor or resolution, too few samples, or samples that are not finite.
     """
     from fewstep.lab import distributed
-    from fewstep.lab.cluster.choice import chosen
+    from fewstep.lab.cluster.choice import check_shards, chosen
     from fewstep.lab.measuring.job import Extraction
     from fewstep.lab.measuring.measure import Measurement
 
-    for name in ("num", "chunk", "shards", "splits"):
+    for name in ("num", "chunk", "splits"):
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
     args.out = str(Path(args.out).absolute())
     images = _images(args)
@@ -103,6 +103,7 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
     work = Extraction(images, args.features, args.out, args.chunk, args.device, args.weights, args.clip)
     measurement = Measurement(work, args.reference, args.splits, args.allow_few_samples)
     cluster = chosen(args.overrides)
+    check_shards(args.shards, cluster)
     if cluster.kind == "slurm":
         from fewstep.lab.cluster.arrays import submit_shards
         from fewstep.lab.measuring.measure import Collecting, Extracting
