@@ -139,7 +139,8 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name() -> None:
     x = torch.randn(1, 4, 3, 6)
     for bad, reason in (
         ((x[:, :, :, ::2], None), "neither contiguous nor channels_last"), ((x[:0], None), "empty"),
-        ((x.to(torch.complex64), None), "dtypes other than"), ((x, x.bfloat16()), "residual of another dtype"),
+        ((x.to(torch.float8_e4m3fn), None), "dtypes other than"), ((x.to(torch.complex64), None), "a floating dtype"),
+        ((x, x.bfloat16()), "residual of another dtype"),
     ):
         with use_backend("triton"), pytest.raises(ValueError, match=reason):
             group_norm_silu(bad[0], 2, None, None, residual=bad[1])
