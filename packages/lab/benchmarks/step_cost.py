@@ -170,7 +170,7 @@ def trainings_of(stage: Any) -> Iterator[int]:
     """Updates of each training of a stage; the stochastic student of 1 step is that of 2 and costs none."""
     for steps in getattr(stage, "steps", [None]):
         if (getattr(stage, "students", None), steps) != ("stochastic", 1):
-            yield getattr(stage, "updates_at", {}).get(steps, stage.updates)
+            yield stage.updates_for(steps)
 
 
 def flops_of(kind: str, cost: Cost) -> float:

@@ -1,36 +1,28 @@
 """Training of the autoencoder, as a method for `fewstep.lab.train`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.distill import Batch
+from fewstep.lab.one_network import OneNetwork
 from fewstep.models import Autoencoder, Posterior
 from fewstep.schedules import Cond, seeded_noise
 
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
-class AutoencoderTraining:
+class AutoencoderTraining(OneNetwork):
     """Mean error of a round trip through sampled latents plus `kl` times the mean KL to N(0, I) per latent number.
 
     arXiv 2112.10752, section 3.1, without its perceptual and adversarial terms: images are small here.
     """
 
     def __init__(self, autoencoder: Autoencoder, error: str, kl: float):
-        self.networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        super().__init__("autoencoder", autoencoder)
         self._shape, self._error, self._kl = autoencoder.latent_shape, ERRORS[error], kl
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser for everything."""
-        return {"autoencoder": [{"params": list(self.networks["autoencoder"].parameters())}]}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "autoencoder"
 
     def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """Images as x and z, and the noise that their latents are sampled with; all times are 0."""

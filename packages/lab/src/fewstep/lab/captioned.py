@@ -43,8 +43,8 @@ def check_captioned(config: DataConfig) -> None:
     free = count - len(set(world.held_out))
     least = f"1 to 3, and at most the {free} combinations that are not held out"
     require(1 <= shapes.most_objects <= min(3, free), "data.shapes.most_objects", shapes.most_objects, least)
-    least, fewest = f"1 to {shapes.most_objects}, most_objects", shapes.fewest_objects
-    require(1 <= fewest <= shapes.most_objects, "data.shapes.fewest_objects", fewest, least)
+    fewest, right = shapes.fewest_objects, f"1 to {shapes.most_objects}, most_objects"
+    require(1 <= fewest <= shapes.most_objects, "data.shapes.fewest_objects", fewest, right)
     require(shapes.count >= 1, "data.shapes.count", shapes.count, "1 or more")
     require(config.heldout >= count, "data.heldout", config.heldout, f"{count} or more")
     needs = "0, or 1 or more with combinations in held_out"

@@ -15,6 +15,12 @@ def needs_one(key: str, stage: StageConfig, config: Config, *kinds: str) -> Any:
     return found[0]
 
 
+def may_need(key: str, stage: StageConfig, config: Config, *kinds: str) -> Any:
+    """The only stage of these kinds among those that `stage` needs, None without any; more than one are refused."""
+    asked = any(config.stages[need].kind in kinds for need in stage.needs)
+    return needs_one(key, stage, config, *kinds) if asked else None
+
+
 def few_samples(stage: Any, config: Config) -> tuple[str, int, int] | None:
     """(key, samples, features) where a measuring stage takes FID of fewer samples than its judge has features."""
     judges = [config.stages[need] for need in stage.needs if config.stages[need].kind == "classifier"]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from fewstep.distill import Batch
 from fewstep.lab.checkpoint import write_tensors, write_text
 from fewstep.lab.config import ConfigError
 from fewstep.lab.data import Split
+from fewstep.lab.one_network import OneNetwork
 from fewstep.schedules import Cond, seeded_noise, seeded_uniform
 
 FORMAT = 1
@@ -49,20 +49,12 @@ def _layer(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()
 
 
-class ClassifierTraining:
+class ClassifierTraining(OneNetwork):
     """Cross-entropy on lightly shifted and noised images, as a method for `fewstep.lab.train`."""
 
     def __init__(self, classifier: Classifier, max_shift: int, noise: float):
-        self.networks: dict[str, nn.Module] = {"classifier": classifier}
+        super().__init__("classifier", classifier)
         self._max_shift, self._noise = max_shift, noise
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser for everything."""
-        return {"classifier": [{"params": list(self.networks["classifier"].parameters())}]}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "classifier"
 
     def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """Augmented images as z; all times are 0."""

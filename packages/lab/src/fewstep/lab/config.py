@@ -171,6 +171,12 @@ class TrainingConfig(StageConfig):
     log_every: int = _free(50)  # updates
 
 
+    def updates_for(self, steps: int | None) -> int:
+        """Updates of the training of a student of that many steps; None: of a stage's only training."""
+        at: dict[int | None, int] = getattr(self, "updates_at", {})
+        return at.get(steps, self.updates)
+
+
 @dataclass
 class ClassifierConfig(TrainingConfig):
     """The judge: a small CNN trained on the training split; its features measure FID, IS, KID, precision and recall.

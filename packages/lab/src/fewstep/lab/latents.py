@@ -197,8 +197,7 @@ def read_latents(folder: Path, split: Split, digest: str) -> Split:
     if count != len(split):
         raise ConfigError(f"{folder}: latents of {count} images, the data set has {len(split)}; {again}")
     files = LatentFiles([_shard(folder, i) for i in range(-(-count // chunk))], count, chunk)
-    few = count * files.bytes_of_one() <= MEMORY
-    return replace(split, images=files.all() if few else files)
+    return replace(split, images=files.all() if files.size <= MEMORY else files)
 
 
 class LatentFiles:
@@ -239,10 +238,10 @@ class LatentFiles:
         """All of them, in memory."""
         return torch.cat([self._whole(path) for path in self._paths])
 
-    def bytes_of_one(self) -> int:
-        """What one of them takes."""
-        one, _ = self.read(torch.tensor([0]))
-        return one.numel() * one.element_size()
+    @property
+    def size(self) -> int:
+        """Bytes of the files, which are those of the latents but for their headers."""
+        return sum(path.stat().st_size for path in self._paths)
 
     def _file(self, number: int) -> Any:
         if number not in self._rows:

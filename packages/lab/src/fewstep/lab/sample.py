@@ -77,7 +77,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     import torch
 
-    from fewstep.lab.cluster.choice import check_shards, chosen
+    from fewstep.lab.cluster.choice import chosen
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
     from fewstep.lab.inpainting import as_generator
@@ -250,3 +250,10 @@ def require(holds: bool, option: str, value: object, right: str) -> None:
     """Raise ConfigError, naming option and value, unless it holds; `right`: what the value must be."""
     if not holds:
         raise ConfigError(f"{option}{f' {value}' if value != '' else ''}: must be {right}")
+
+
+def check_shards(shards: int, cluster: ClusterConfig) -> None:
+    """Raise ConfigError for shards that would mean nothing: less than 1, or more than 1 without a cluster."""
+    require(shards >= 1, "--shards", shards, "1 or more")
+    right = f"1 with cluster={cluster.kind}, where one process does all; add cluster=slurm for an array"
+    require(shards == 1 or cluster.kind == "slurm", "--shards", shards, right)

@@ -38,16 +38,15 @@ def command(args: argparse.Namespace, console: Console) -> int:
         ConfigError: no such stage, or one without targets of a fixed teacher.
     """
     from fewstep.lab.cluster.arrays import submit_shards
-    from fewstep.lab.cluster.choice import check_shards
     from fewstep.lab.compose import compose
     from fewstep.lab.config import ConfigError
     from fewstep.lab.progress import unheard
+    from fewstep.lab.sample import check_shards, require
     from fewstep.lab.signals import stop_on_signals
 
     config = compose(args.experiment, args.overrides)
     for name in ("draws", "chunk"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: must be 1 or more")
+        require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "1 or more")
     check_shards(args.shards, config.cluster)
     if args.stage not in config.stages:
         raise ConfigError(f"--stage {args.stage}: no such stage; known: {', '.join(config.stages)}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distill import Method
-from fewstep.lab.config import ConfigError, TextConfig
-from fewstep.lab.data import Split
+from fewstep.lab.config import Config, ConfigError, TextConfig
+from fewstep.lab.data import Split, load_data
 from fewstep.lab.thumbnails import Thumbnails
 from fewstep.models import BPETokenizer, ByteTokenizer, NetworkDenoiser, TextEncoder
 from fewstep.schedules import Cond
@@ -85,6 +85,14 @@ def new_encoder(config: TextConfig, captions: Sequence[str]) -> TextEncoder:
     """A freshly initialised encoder; a BPE tokenizer learns from these captions."""
     tokenizer = BPETokenizer.train(captions, config.vocabulary) if config.tokenizer == "bpe" else ByteTokenizer()
     return TextEncoder(tokenizer, config.width, config.depth, config.heads, config.length)
+
+
+def encoder_for(config: Config) -> TextEncoder:
+    """A freshly initialised encoder for an experiment of text, which `validate` allows with captioned data alone."""
+    captions = load_data(config.data).train.captions
+    assert config.text is not None
+    assert captions is not None
+    return new_encoder(config.text, captions)
 
 
 def conditioned(split: Split, *networks: object) -> Split:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.distill import Batch
+from fewstep.lab.one_network import OneNetwork
 from fewstep.models import TextEncoder
 from fewstep.models.cross_attention import CrossAttention
 from fewstep.models.inputs import Text
@@ -40,7 +40,7 @@ class Thumbnails(nn.Module):
         return answer.transpose(1, 2).unflatten(2, (self.size, self.size))
 
 
-class ThumbnailRegression:
+class ThumbnailRegression(OneNetwork):
     """Mean squared error of thumbnails. The best answer is E[x | text], the denoiser's own at t = 1, without its cost.
 
     Until a text encoder tells "a left of b" from "b left of a" both are expected everywhere alike, and a denoiser that
@@ -48,16 +48,8 @@ class ThumbnailRegression:
     """
 
     def __init__(self, thumbnails: Thumbnails) -> None:
-        self.networks: dict[str, nn.Module] = {"thumbnails": thumbnails}
+        super().__init__("thumbnails", thumbnails)
         self._size = thumbnails.size
-
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """One optimiser for everything."""
-        return {"thumbnails": [{"params": list(self.networks["thumbnails"].parameters())}]}
-
-    def active(self, step: int) -> str:
-        """The only optimiser."""
-        return "thumbnails"
 
     def draw(self, x: Tensor, cond: Cond, seeds: Tensor, step: int) -> Batch:
         """Thumbnails as x and z, nothing random; all times are 1."""

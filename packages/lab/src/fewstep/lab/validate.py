@@ -8,6 +8,7 @@ from fewstep.lab.checks import (
     check_samples,
     check_schedule,
     check_weight,
+    may_need,
     near,
     needs_one,
     one_of,
@@ -189,8 +190,7 @@ def _check_text_encoder(key: str, stage: TextEncoderConfig, config: Config) -> N
 
 
 def _check_teacher(key: str, stage: TeacherConfig, config: Config) -> None:
-    if any(config.stages[need].kind == "text_encoder" for need in stage.needs):
-        needs_one(key, stage, config, "text_encoder")
+    may_need(key, stage, config, "text_encoder")
     require(0 <= stage.cond_drop < 1, f"{key}.cond_drop", stage.cond_drop, "in [0, 1)")
 
 
@@ -203,8 +203,7 @@ def _check_guide(key: str, stage: GuideConfig, config: Config) -> None:
 
 def _check_halve(key: str, stage: HalveConfig, config: Config) -> None:
     guide = needs_one(key, stage, config, "guide")
-    if any(config.stages[need].kind in TEACHERS for need in stage.needs):
-        needs_one(key, stage, config, *TEACHERS)
+    may_need(key, stage, config, *TEACHERS)
     check_student(key, stage, config)
     one_of(f"{key}.students", stage.students, ("deterministic", "stochastic", "encoder"))
     require(bool(stage.steps) and stage.steps[-1] >= 1, f"{key}.steps", stage.steps, "at least one, each 1 or more")

@@ -1,6 +1,6 @@
 """What can be wrong with the stages of moment matching: the distillation, the teacher's sweep, the comparison."""
 
-from fewstep.lab.checks import check_range, check_samples, check_weight, needs_one, one_of, positive, require
+from fewstep.lab.checks import check_range, check_samples, check_weight, may_need, needs_one, one_of, positive, require
 from fewstep.lab.config import (
     CompareConfig,
     Config,
@@ -53,9 +53,9 @@ def check_moments(key: str, stage: MomentsConfig, config: Config) -> None:
 
 def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
     """Students that start from progressively distilled ones, which take w."""
-    if not any(config.stages[need].kind == "halve" for need in stage.needs):
+    halve = may_need(key, stage, config, "halve")
+    if halve is None:
         return
-    halve = needs_one(key, stage, config, "halve")
     right = f"with students that sample: those of {halve.name} are encoders"
     require(halve.students != "encoder", f"{key}.needs", stage.needs, right)
     for steps in stage.steps:

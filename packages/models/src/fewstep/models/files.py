@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -14,6 +14,13 @@ from torch import Tensor
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VERSION = 1
+
+
+class _Kind(Protocol):
+    format: str
+
+
+K = TypeVar("K", bound=_Kind)
 
 
 def as_bytes(weights: Mapping[str, Tensor]) -> bytes:
@@ -66,3 +73,9 @@ def format_of(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None
+
+
+def kind_of(folder: Path, kinds: Sequence[type[K]]) -> type[K]:
+    """Which of these wrote the folder, by its `format`; the first, whose `load` then says what is wrong, if none."""
+    found = format_of(folder)
+    return next((kind for kind in kinds if kind.format == found), kinds[0])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.models.clip_encoder import ClipTextEncoder
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.files import format_of
+from fewstep.models.files import kind_of
 from fewstep.models.network import Network, build_network
 from fewstep.models.text_encoder import TextEncoder
 from fewstep.schedules import Trained, schedule_from_config
@@ -116,8 +116,7 @@ def load(
 def _read_text_encoder(path: Path, digest: str | None) -> TextEncoder | None:
     if digest is None:
         return None
-    kind = next((kind for kind in ENCODERS if format_of(path / TEXT_ENCODER) == kind.format), TextEncoder)
-    encoder = kind.load(path / TEXT_ENCODER)
+    encoder = kind_of(path / TEXT_ENCODER, ENCODERS).load(path / TEXT_ENCODER)
     if encoder.digest != digest:
         raise ValueError(f"{path / TEXT_ENCODER} is not the text encoder that {CONFIG} describes (SHA-256 differs)")
     return encoder

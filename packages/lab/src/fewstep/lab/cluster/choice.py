@@ -64,12 +64,3 @@ def refuse_others(overrides: Sequence[str]) -> None:
     for override in overrides:
         if not override.startswith("cluster.") or "=" not in override:
             raise ConfigError(f"{override}: only keys of cluster, such as cluster.time=120, may be given here")
-
-
-def check_shards(shards: int, cluster: ClusterConfig) -> None:
-    """Raise ConfigError for shards that would mean nothing: less than 1, or more than 1 without a cluster."""
-    if shards < 1:
-        raise ConfigError(f"--shards {shards}: must be 1 or more")
-    if shards > 1 and cluster.kind != "slurm":
-        text = f"must be 1 with cluster={cluster.kind}, where one process does all; add cluster=slurm for an array"
-        raise ConfigError(f"--shards {shards}: {text}")

@@ -238,8 +238,8 @@ def trainings(stage: TrainingConfig, folder: Path) -> list[tuple[Path, int]]:
     steps = getattr(stage, "steps", None)
     if not steps:
         return [(folder, updates_of(folder, stage.updates))]
-    at, folders = getattr(stage, "updates_at", {}), {count: folder / f"steps_{count}" for count in steps}
-    return [(each, updates_of(each, at.get(count, stage.updates))) for count, each in folders.items()]
+    folders = {count: folder / f"steps_{count}" for count in steps}
+    return [(each, updates_of(each, stage.updates_for(count))) for count, each in folders.items()]
 
 
 def progress_of(stage: StageConfig, out: Path) -> Progress:

@@ -41,7 +41,7 @@ class Contestant:
 
 def training_of(folder: Path, stage: MomentsConfig | HalveConfig, steps: int) -> dict[str, Any]:
     """Updates of all networks together, those of the student, and seconds of the call that finished its training."""
-    updates = updates_of(folder, stage.updates_at.get(steps, stage.updates))
+    updates = updates_of(folder, stage.updates_for(steps))
     alternating = isinstance(stage, MomentsConfig) and stage.method == "alternating"
     seconds = float(json.loads((folder / "DONE").read_text())["seconds"])
     return {"updates": updates, "student_updates": updates // 2 if alternating else updates, "seconds": seconds}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fewstep.lab.config import ConfigError
-from fewstep.lab.sample import MODEL, add_cluster, add_drawing, require
+from fewstep.lab.sample import MODEL, add_cluster, add_drawing, check_shards, require
 
 if TYPE_CHECKING:
     from fewstep.lab.measuring.images import Images
@@ -91,7 +91,7 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
         ValueError: a reference of another extractor or resolution, too few samples, or samples that are not finite.
     """
     from fewstep.lab import distributed
-    from fewstep.lab.cluster.choice import check_shards, chosen
+    from fewstep.lab.cluster.choice import chosen
     from fewstep.lab.measuring.job import Extraction
     from fewstep.lab.measuring.measure import Measurement
 

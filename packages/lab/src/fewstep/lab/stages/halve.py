@@ -53,7 +53,7 @@ def _halve(ctx: StageContext, start: NetworkDenoiser, undistilled: Path | None, 
         ctx.console.print(text, highlight=False)
     else:
         compile_networks(ctx, network, student)
-        updates = stage.updates_at.get(steps, stage.updates)
+        updates = stage.updates_for(steps)
         fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
     finish(ctx, student, out, began)
 

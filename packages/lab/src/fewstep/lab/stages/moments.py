@@ -51,7 +51,7 @@ def _distil(ctx: StageContext, steps: int, out: Path) -> None:
     teacher = on_schedule(load_model(ctx, folder), stage.schedule)
     student = _student(ctx, teacher, steps)
     method = (_alternating if stage.method == "alternating" else _instant)(ctx, teacher, student, steps)
-    updates = stage.updates_at.get(steps, stage.updates)
+    updates = stage.updates_for(steps)
     fit(ctx, method, out=out, updates=updates, seed=seed, label=f"{stage.name} {steps}")
     finish(ctx, student, out, began)
 

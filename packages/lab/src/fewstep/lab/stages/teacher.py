@@ -2,10 +2,9 @@
 
 from fewstep.distill import DenoiserTraining
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import load_data
 from fewstep.lab.networks import build_denoiser, with_dropout
 from fewstep.lab.stages.fit import compile_networks, fit, save_model, seed_everything
-from fewstep.lab.text import Prompted, new_encoder
+from fewstep.lab.text import Prompted, encoder_for
 from fewstep.models import NetworkDenoiser, TextEncoder
 from fewstep.schedules import Trained
 
@@ -19,10 +18,8 @@ def run(ctx: StageContext) -> None:
     compile_networks(ctx, denoiser)
     trained: NetworkDenoiser | Prompted = denoiser
     if ctx.config.text is not None:
-        captions = load_data(ctx.config.data).train.captions
-        assert captions is not None  # `validate` allows text with captioned data alone
         (begun,) = ctx.inputs_of_kind("text_encoder").values() or (None,)
-        encoder = TextEncoder.load(begun / "model") if begun else new_encoder(ctx.config.text, captions)
+        encoder = TextEncoder.load(begun / "model") if begun else encoder_for(ctx.config)
         trained = Prompted(denoiser, encoder.to(ctx.device))
     method = DenoiserTraining(trained, trained.null_cond, cond_drop=stage.cond_drop, weight=stage.weight)
     fit(ctx, method, seed=seed)

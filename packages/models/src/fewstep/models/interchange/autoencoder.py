@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.autoencoder import Autoencoder
-from fewstep.models.files import format_of
+from fewstep.models.files import kind_of
 from fewstep.models.interchange.library import LOCAL, diffusers, settings_of
 
 PART, CLASS = "vae", "AutoencoderKL"
@@ -109,5 +109,4 @@ def load_autoencoder(path: str | os.PathLike[str], device: torch.device | str = 
         ValueError: a file is damaged, of another kind, or does not fit.
         ImportError: it is of diffusers, which is not installed.
     """
-    kind = next((kind for kind in KINDS if format_of(Path(path)) == kind.format), Autoencoder)
-    return kind.load(path, device)
+    return kind_of(Path(path), KINDS).load(path, device)
