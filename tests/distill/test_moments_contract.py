@@ -1,6 +1,7 @@
 """Moment matching as a method: draws, who learns when, what each network is told, weights, processes, bad input."""
 
 import copy
+import math
 import os
 import socket
 import subprocess
@@ -150,6 +151,26 @@ def test_alternating_losses_are_the_papers():
     g = auxiliary(z, b.s, b.cond)
     both = (w * ((x.detach() - g).square() + (target - g).square())).mean()
     torch.testing.assert_close(method.loss(b, 0)[0], both, rtol=1e-4, atol=0)
+
+
+@forms
+def test_shifted_weights_on_the_shifted_schedule_are_those_of_smaller_images(form, monkeypatch):
+    # B shifts all log-SNRs with the resolution, w(s) too: else at 512x512 high noise weighs 64 times as much beside low
+    def weights(schedule, shift):
+        monkeypatch.setattr(Net, "schedule", schedule)
+        method, one = of_form(form, weight_shift=shift), torch.ones(1, 2)
+        return torch.stack([method.student_loss(one, one, one, s[None]) for s in torch.linspace(0, 1, 9)])
+
+    large = Karras(sigma_min=8 * 0.002, sigma_max=8 * 80.0)
+    torch.testing.assert_close(weights(large, -2 * math.log(8)), weights(Karras(), 0.0), rtol=1e-4, atol=0)
+
+
+def test_the_preconditioner_is_of_the_shifted_weight():
+    # Lambda rescales what the distillation's own weight makes of gradients: of another weight it is another step
+    teacher, batches = Net(), [data(16)]
+    plain, shifted = (estimate_preconditioner(teacher, batches, weight="snr", weight_shift=c, eps=0) for c in (0, 1))
+    for name, value in plain.items():
+        torch.testing.assert_close(shifted[name], math.e * value, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("s", "sigma"), [(0.0, 0.002), (0.001, 0.002), (0.3, None)])

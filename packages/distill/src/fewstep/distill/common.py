@@ -65,16 +65,16 @@ class Weighting:
     """The loss of every method here: weight(lambda_t) times the squared error of x.
 
     Mean over an image's pixels, then over the batch (arXiv 2202.00512, section 4), in float32 or wider whatever
-    autocast says. `name` is one of fewstep.schedules' weights; an unknown one raises ValueError. Above `log_snr_max` it
-    stays as it is there.
+    autocast says. `name` is one of fewstep.schedules' weights; an unknown one raises ValueError. It is taken of the
+    log-SNR less `shift`, and stays as it is above `log_snr_max`.
     """
 
-    def __init__(self, name: str, log_snr_max: float = math.inf) -> None:
-        self.name, self.log_snr_max, self._weight = name, log_snr_max, loss_weight(name)
+    def __init__(self, name: str, log_snr_max: float = math.inf, shift: float = 0.0) -> None:
+        self.name, self.log_snr_max, self.shift, self._weight = name, log_snr_max, shift, loss_weight(name)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         """The weight of the squared error of x. Shape: any -> same, float32 or wider."""
-        return self._weight(log_snr.clamp(max=self.log_snr_max))
+        return self._weight((log_snr - self.shift).clamp(max=self.log_snr_max))
 
     def __call__(self, x: Tensor, target: Tensor, log_snr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and logs "loss" and "x_mse" (not weighted). Shape: x, target (B, ...), log_snr (B,) -> ()."""

@@ -33,7 +33,8 @@ class InstantMomentMatching(Moments):
         student: module and denoiser with the teacher's schedule, started from the teacher or a distilled student.
         k: sampling steps of the student.
         preconditioner: Lambda, see `adam_preconditioner` and `estimate_preconditioner`; frozen.
-        null_cond, w_range, weight: as in `MomentMatching`. Guidance changes the teacher's answer, not its Jacobian.
+        null_cond, w_range, weight, weight_shift: as in `MomentMatching`. Guidance changes the teacher's answer, not its
+            Jacobian.
             With weight "adaptive" the loss that gives nu, and with it the logged objective, is flat.
         clip: None or (low, high) for the teacher's x, its Jacobian unchanged likewise.
 
@@ -52,13 +53,16 @@ class InstantMomentMatching(Moments):
         null_cond: Cond = None,
         w_range: WRange | None = None,
         weight: str = "edm_weight",
+        weight_shift: float = 0.0,
         clip: tuple[float, float] | None = None,
     ) -> None:
         check_clip(clip)
         for name, network in (("teacher", teacher), ("student", student)):
             refuse_sharded(name, network)
         check_preconditioner(preconditioner, teacher)
-        super().__init__(teacher, k, null_cond, w_range, weight, student=student)  # type: ignore[arg-type]  # a denoiser
+        super().__init__(
+            teacher, k, null_cond, w_range, weight, weight_shift, student=student  # type: ignore[arg-type]  # a denoiser
+        )
         self.network, self.clip = teacher, clip
         self.preconditioner = {name: value.detach() for name, value in preconditioner.items()}
 

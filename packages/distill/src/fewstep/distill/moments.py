@@ -29,8 +29,8 @@ from fewstep.schedules import Cond, Denoiser, Schedule, Trained
 
 Renoise = Literal["posterior", "unconditional", "ddim"]
 ADAPTIVE = "adaptive"  # DMD's weight (arXiv 2311.18828, eq. 8): one over the size of the teacher's correction
-# w(s) stays as it is there: EDM's test-time schedule, which the paper draws s from, ends at sigma = 0.002. On schedules
-# that go on to log-SNR 20, weights that grow as e^lambda would grow by a further factor of 2,000.
+# w(s), shifted or not, stays as it is there: EDM's test-time schedule, which the paper draws s from, ends at sigma =
+# 0.002. On schedules that go on to log-SNR 20, weights that grow as e^lambda would grow by a further factor of 2,000.
 LOG_SNR_MAX = -2 * math.log(0.002)
 SMALLEST = 1e-5  # of that size: where s = 0 there may be nothing to correct
 
@@ -64,6 +64,7 @@ class Moments(Training):
         null_cond: Cond,
         w_range: WRange | None,
         weight: str,
+        weight_shift: float = 0.0,
         renoise: Renoise = "posterior",
         **networks: nn.Module,
     ) -> None:
@@ -73,7 +74,8 @@ class Moments(Training):
         self.w_range = None if w_range is None else checked_range(w_range)
         self.takes_w = _takes_w(networks, self.w_range)
         _check_teacher(teacher, null_cond, self.w_range)
-        self.weight, self.weighting = weight, Weighting("flat" if weight == ADAPTIVE else weight, LOG_SNR_MAX)
+        self.weight = weight
+        self.weighting = Weighting("flat" if weight == ADAPTIVE else weight, LOG_SNR_MAX, weight_shift)
         super().__init__(**networks)
         for name, network in networks.items():
             assign_roles(teacher, network, name)

@@ -42,6 +42,7 @@ def estimate_preconditioner(
     data: Iterable[tuple[Tensor, Cond, Tensor]],
     *,
     weight: str = "edm_weight",
+    weight_shift: float = 0.0,
     eps: float = 1e-8,
 ) -> dict[str, Tensor]:
     """The same from a few batches: v_hat is the mean square of the gradients of the teacher's own loss.
@@ -51,14 +52,14 @@ def estimate_preconditioner(
     Args:
         teacher: module and denoiser that estimates E[x | z].
         data: (x, cond, seeds) of each batch: x (B, ...), cond leaves (B, ...), seeds (B,) int64.
-        weight: name of a loss weight of fewstep.schedules; that of the distillation.
+        weight, weight_shift: those of the distillation; the weight is one of fewstep.schedules, by its name.
         eps: added to the root.
 
     Raises:
         ValueError: weight is unknown or there is no batch.
     """
     schedule: Schedule = teacher.schedule  # type: ignore[assignment]  # nn.Module types attributes as modules
-    weighting, parameters, count = Weighting(weight, LOG_SNR_MAX), values(teacher), 0
+    weighting, parameters, count = Weighting(weight, LOG_SNR_MAX, weight_shift), values(teacher), 0
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x, cond, seeds in data:
         (t, _), count = uniforms(seeds), count + 1

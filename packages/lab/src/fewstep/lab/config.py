@@ -358,9 +358,10 @@ class MomentsConfig(TrainingConfig):
     N / 2 are the student's, of N instant ones all are. updates_at and weight_at: those of the student of that many
     steps. schedule: p(s), as `Config.schedule`; teacher, students and their sampler all run on it, and it is saved with
     them; {} is the experiment's own. Other resolutions ask for another shift or sigma_max in it. weight, weight_at:
-    w(s), a loss weight or "adaptive" (DMD's). w_range: null for no guidance, [w, w] for a teacher guided by w and
-    students without it, [low, high] for students that take w (w = 0 is no guidance; Stable Diffusion's guidance scale
-    is 1 + w). renoise (alternating alone): "posterior", or "unconditional" and "ddim" for ablations. clip (instant
+    w(s), a loss weight or "adaptive" (DMD's). weight_shift: taken from the log-SNR before w(s), where the schedule is
+    shifted by as much for larger images. w_range: null for no guidance, [w, w] for a teacher guided by w and students
+    without it, [low, high] for students that take w (w = 0 is no guidance; Stable Diffusion's guidance scale is
+    1 + w). renoise (alternating alone): "posterior", or "unconditional" and "ddim" for ablations. clip (instant
     alone): bounds of the teacher's x, straight-through. preconditioner_batches (instant alone): batches on which Adam's
     second moments of the teacher are measured; 0 takes them from its training.
     """
@@ -379,6 +380,7 @@ class MomentsConfig(TrainingConfig):
     schedule: dict[str, Any] = field(default_factory=dict)
     weight: str = "edm_weight"
     weight_at: dict[int, str] = field(default_factory=lambda: {2: "adaptive", 1: "adaptive"})
+    weight_shift: float = 0.0
     w_range: list[float] | None = None
     renoise: str = "posterior"
     clip: list[float] | None = None

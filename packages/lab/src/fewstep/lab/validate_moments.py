@@ -129,6 +129,6 @@ def _check_target(key: str, target: RatioTarget, students: dict[str, list[int]])
 def _check_alike(one: StageConfig, other: StageConfig | None) -> None:
     """Two forms of moment matching that are held against each other: at one problem."""
     if isinstance(one, MomentsConfig) and isinstance(other, MomentsConfig):
-        for name in ("schedule", "weight", "weight_at", "w_range"):
+        for name in ("schedule", "weight", "weight_at", "weight_shift", "w_range"):
             right = f"{getattr(other, name)} as stages.{other.name}.{name}: the two are compared"
             require(getattr(one, name) == getattr(other, name), f"stages.{one.name}.{name}", getattr(one, name), right)

@@ -62,7 +62,8 @@ def _alternating(ctx: StageContext, teacher: NetworkDenoiser, student: NetworkDe
     compile_networks(ctx, teacher, student, auxiliary)
     return MomentMatching(
         teacher, student, auxiliary, steps,
-        null_cond=teacher.null_cond, w_range=_w_range(ctx), weight=_weight(ctx, steps), renoise=stage.renoise,
+        null_cond=teacher.null_cond, w_range=_w_range(ctx), weight=_weight(ctx, steps),
+        weight_shift=stage.weight_shift, renoise=stage.renoise,
     )  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def _instant(ctx: StageContext, teacher: NetworkDenoiser, student: NetworkDenois
     clip = None if ctx.stage.clip is None else (ctx.stage.clip[0], ctx.stage.clip[1])
     return InstantMomentMatching(
         teacher, student, steps, _preconditioner(ctx, teacher, steps),
-        null_cond=teacher.null_cond, w_range=_w_range(ctx), weight=_weight(ctx, steps), clip=clip,
+        null_cond=teacher.null_cond, w_range=_w_range(ctx), weight=_weight(ctx, steps),
+        weight_shift=ctx.stage.weight_shift, clip=clip,
     )  # fmt: skip
 
 
@@ -116,8 +118,10 @@ def _preconditioner(ctx: StageContext, teacher: NetworkDenoiser, steps: int) -> 
     """Adam's, from a few batches, or as the teacher's training left it in its last checkpoint."""
     if ctx.stage.preconditioner_batches:
         weight = _weight(ctx, steps)
-        batches = _batches(ctx, teacher)
-        return estimate_preconditioner(teacher, batches, weight="flat" if weight == "adaptive" else weight)
+        return estimate_preconditioner(
+            teacher, _batches(ctx, teacher),
+            weight="flat" if weight == "adaptive" else weight, weight_shift=ctx.stage.weight_shift,
+        )  # fmt: skip
     ((name, folder),) = ctx.inputs_of_kind(*TEACHERS).items()
     found = load_latest(folder / "checkpoints", lambda text: ctx.console.print(text, style="yellow"))
     if found is None:
