@@ -29,7 +29,7 @@ from fewstep.lab.measuring import job
 from fewstep.lab.measuring.images import TrainingImages, open_images
 from fewstep.lab.measuring.job import Extraction, spread, summarise
 from fewstep.lab.measuring.measure import Collecting, Extracting, Measurement
-from fewstep.lab.metrics import StreamedInceptionScore, precision_recall
+from fewstep.lab.metrics import Statistics, StreamedInceptionScore, precision_recall
 from fewstep.lab.progress import unheard
 from fewstep.lab.shards import FeatureCache
 from fewstep.models import NetworkDenoiser, UNet, save
@@ -138,6 +138,7 @@ def test_what_cannot_be_compared_is_refused_before_any_compute(place: Path, caps
     save_classifier(Classifier(3, 4, width=8), place / "other")
     write_tensors(place / "large.safetensors", {"images": torch.zeros(20, 3, 16, 16)})
     write_tensors(place / "few.safetensors", {"images": images(15)})
+    replace(Statistics.load(place / "ref.npz"), count=7).save(place / "few.npz")
     for options, said in [
         ([*samples, "--features", str(place / "other")], r"weights=\w+: must be \w+, that of the samples"),
         (["--samples", str(place / "large.safetensors"), *judge], "resolution=8: must be 16"),
@@ -146,6 +147,8 @@ def test_what_cannot_be_compared_is_refused_before_any_compute(place: Path, caps
         ([*samples, *judge, "--splits", "46"], "--splits 46: must be 45 or less"),
         ([*samples, *judge, "--model", "x"], "exactly one of them must be given"),
         (judge, "exactly one of them must be given"),
+        ([*samples, *judge, "--reference", str(place / "few.npz")], r"7 images behind \S+few.npz, 16 features"),
+        ([*samples, *judge, "--reference", str(place / "gone.npz")], r"gone.npz holds no .* No such file"),
     ]:
         assert main([*common, *options]) == 2
         assert re.search(said, capsys.readouterr().err)
@@ -209,6 +212,16 @@ def test_samples_drawn_while_they_are_measured_are_those_of_fewstep_sample(place
     kept = open_images(str(place / "drawing" / "shards"))
     assert kept.count == 30
     assert torch.equal(kept.read(15, 25).clamp(-1, 1), open_images(str(place / "drawn")).read(15, 25))
+
+    first, second = sorted((place / "drawing" / "shards").rglob("*.safetensors"))
+    damaged = bytearray(second.read_bytes())
+    damaged[-5] ^= 1
+    second.write_bytes(bytes(damaged))
+    with pytest.raises(ConfigError, match=r"0000020-0000030.safetensors: damaged"):
+        kept.read(15, 25)
+    first.unlink()  # as a set that is still being drawn
+    with pytest.raises(ConfigError, match="samples 0 to 19 are missing"):
+        open_images(str(place / "drawing" / "shards"))
 
 
 def test_statistics_of_an_experiments_training_images() -> None:

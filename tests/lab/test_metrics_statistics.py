@@ -78,6 +78,9 @@ def test_what_is_no_statistics_is_refused_in_a_line(tmp_path: Path) -> None:
     np.savez(path, mu=np.zeros(7), sigma=np.eye(6), features=np.array("digits"))
     with pytest.raises(ValueError, match=r"shapes \(7,\) and \(6, 6\) must be"):
         Statistics.load(path)
+    np.savez(path, mu=np.full(7, np.nan), sigma=np.eye(7), features=np.array("digits"))
+    with pytest.raises(ValueError, match="and finite"):
+        Statistics.load(path)
     np.savez(path, mu=np.array([object()]), sigma=np.eye(1))
     with pytest.raises(ValueError, match="holds no reference statistics"):
         Statistics.load(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fewstep.lab.image_folder import SUFFIXES
 from fewstep.lab.inpainting import as_generator
 from fewstep.lab.latents import autoencoder_of, decode
 from fewstep.lab.sampling import SampleSpec, knowingly, timed_chunk
-from fewstep.lab.shards import ShardCache
+from fewstep.lab.shards import ShardCache, read_shard
 from fewstep.models import Autoencoder
 from fewstep.schedules import Denoiser
 
@@ -73,10 +74,11 @@ class ImageFiles:
         """The size of the first one."""
         return self._read(self.files[0]).shape[-1]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Names, sizes and times of the files."""
-        return {"files": [[name, *_state(Path(self.folder) / name)] for name in self.files]}
+        """A checksum of names, sizes and times of the files: of a million the list itself would be megabytes."""
+        state = [[name, *_state(Path(self.folder) / name)] for name in self.files]
+        return {"files": hashlib.sha256(json.dumps(state).encode()).hexdigest()}
 
     def prompts(self, start: int, stop: int) -> list[str]:
         """None: files do not say what they are to show."""
@@ -135,13 +137,12 @@ class TensorFiles:
         return [prompts[i % len(prompts)] for i in range(start, stop)] if prompts else []
 
     def read(self, start: int, stop: int) -> Tensor:
-        """From as many files as it takes."""
+        """From as many files as it takes; raises ConfigError for a shard whose checksum is another."""
         parts, first = [], 0
         for path, (count, *_) in zip(self.paths, self._shapes, strict=True):
             low, high = max(start - first, 0), min(stop - first, count)
             if low < high:
-                with safe_open(path, framework="pt") as file:
-                    parts.append(file.get_slice("images")[low:high])
+                parts.append(_part(Path(path), low, high))
             first += count
         return torch.cat(parts)
 
@@ -261,11 +262,34 @@ def open_images(path: str, overrides: Sequence[str] = ()) -> Images:
     if len(folders) > 1:
         raise ConfigError(f"{path}: holds several sets of samples, {', '.join(folders)}: must be one of them")
     if shards:
+        _refuse_gaps(shards)
         return TensorFiles(tuple(map(str, shards)))
     files = ImageFiles(path)
     if files.count == 0:
         raise ConfigError(f"{path}: must be an experiment, samples.safetensors, or a folder with images ({SUFFIXES})")
     return files
+
+
+def _refuse_gaps(shards: Sequence[Path]) -> None:
+    """Shards are named by the numbers of their samples, the last one not included."""
+    expected = 0
+    for shard in shards:
+        start, stop = map(int, shard.stem.split("-"))
+        if start != expected:
+            missing = f"samples {expected} to {start - 1} are missing"
+            raise ConfigError(f"{shard.parent}: {missing}: run the command that makes them again")
+        expected = stop
+
+
+def _part(path: Path, low: int, high: int) -> Tensor:
+    """Images low, ..., high - 1 of a file."""
+    with safe_open(path, framework="pt") as file:
+        if "sha256" not in (file.metadata() or {}):
+            return file.get_slice("images")[low:high]  # type: ignore[no-any-return]  # safetensors is not typed
+    shard = read_shard(path)
+    if shard is None:
+        raise ConfigError(f"{path}: damaged: delete it and run the command that makes it again")
+    return shard.images[low:high]
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -67,7 +67,7 @@ class Measurement:
         Raises:
             ConfigError: no such reference.
             ValueError: it is of another extractor or resolution.
-            FewSamplesError: fewer samples than features.
+            FewSamplesError: fewer samples, or images behind the reference, than features.
         """
         images, extractor = self.samples.images, self.samples.extractor
         if self.statistics is None:
@@ -77,9 +77,11 @@ class Measurement:
             return
         self.statistics.refuse_other(Path(self.reference), extractor.name, extractor.weights, images.resolution)
         features = len(self.statistics.mean)
-        if images.count < features and not self.allow_few_samples:
+        there = self.statistics.count
+        fewest, what = min((images.count, "samples"), (there or images.count, f"images behind {self.reference}"))
+        if fewest < features and not self.allow_few_samples:
             raise FewSamplesError(
-                f"{images.count:,} samples, {features:,} features of {extractor.name}: FID must be of as many samples "
+                f"{fewest:,} {what}, {features:,} features of {extractor.name}: FID must be of as many samples "
                 "at least; KID is not biased by few: give --reference images in place of statistics; or set "
                 "--allow-few-samples, which is marked in every table"
             )

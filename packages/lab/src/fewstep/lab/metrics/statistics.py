@@ -51,7 +51,7 @@ class Statistics:
         where ADM's file holds images.
 
         Raises:
-            ValueError: no such archive, statistics that cannot be, or a pickle.
+            ValueError: no such file, statistics that cannot be, or a pickle.
         """
         if path.suffix == ".pkl":
             raise ValueError(f"{path}: must be an .npz with mu and sigma: no pickle is read")
@@ -60,9 +60,10 @@ class Statistics:
                 mean, covariance = (np.asarray(archive[key], np.float64) for key in ("mu", "sigma"))
                 said = {key: archive[key].item() for key in ("features", "weights", "resolution", "count")
                         if key in archive.files}  # fmt: skip
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+        except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
             raise ValueError(f"{path} holds no reference statistics (mu, sigma): {error}") from None
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+        fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
+        if not fits or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             shapes = f"{mean.shape} and {covariance.shape}"
             raise ValueError(f"{path}: mu and sigma of shapes {shapes} must be (D,) and (D, D), and finite")
         return cls(mean, covariance, **(said if "features" in said else _foreign(path, len(mean))))
