@@ -24,6 +24,7 @@ from fewstep.models import (
 )
 from fewstep.samplers import edit, inpaint, stochastic, transfer
 from fewstep.schedules import Cosine, Trained, sample_seeds, seeded_noise
+from fewstep.schedules.denoiser import TrainedKind
 
 SHAPE = (1, 8, 8)
 
@@ -45,6 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(NetworkDenoiser(small_dit(num_classes=None), Cosine(), "v"), root / "unconditional")
     for name, inpainting in (("prompted", False), ("masked", True)):
         save(prompted(inpainting), root / name)
+    save(prompted(inpainting=False, kind="encoder"), root / "prompted_encoder")
     levels = torch.randint(0, 256, (5, *SHAPE), generator=torch.Generator().manual_seed(1))
     save_file({"images": levels / 127.5 - 1, "classes": torch.arange(5)}, root / "images.safetensors")
     save_file({"images": levels / 127.5 - 1}, root / "unlabelled.safetensors")
@@ -62,13 +64,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def prompted(inpainting: bool) -> NetworkDenoiser:
+def prompted(inpainting: bool, kind: TrainedKind = "deterministic") -> NetworkDenoiser:
     """A student of 4 steps that takes prompts of at most 11 bytes and, if asked to, masks."""
     network = small_dit(num_classes=None, text_width=8, inpainting=inpainting)
     encoder = TextEncoder(ByteTokenizer(), 8, 1, 2, length=12)
     teacher = NetworkDenoiser(network, Cosine(), "v", text_encoder=encoder)
     student = with_guidance_input(teacher, w_range=(0.0, 2.0))
-    student.trained = Trained("deterministic", 4, (0.0, 2.0))
+    student.trained = Trained(kind, 4, (0.0, 2.0))
     return student
 
 
@@ -180,6 +182,33 @@ def test_transfer_goes_from_the_images_classes_to_those_asked_for(files: Path, t
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
+def test_transfer_goes_from_one_text_to_another(files: Path, tmp_path: Path) -> None:
+    """In turn, each read by the encoder of the model that is told it; dropped or exchanged, nothing is transferred."""
+    models = ["--encoder", "@prompted_encoder", "--decoder", "@prompted", "--w", "1", "--strict"]
+    words = ["--from-prompt", "red", "--from-prompt", "blue", "--to-prompt", "green"]
+    assert run("transfer", files, tmp_path, "--input", "@images.safetensors", *models, *words) == 0
+    found = load_file(tmp_path / "samples.safetensors")
+    pair = load(files / "prompted_encoder"), load(files / "prompted")
+    texts = ["red", "blue", "red", "blue", "red"], ["green"] * 5
+    own, other = (model.text_encoder.encode(said) for model, said in zip(pair, texts, strict=True))
+    expected = transfer(*pair, given(files), 4, own, other, 1.0).clamp(-1, 1)
+    torch.testing.assert_close(found["images"], expected, atol=1e-3, rtol=0)
+    assert (transfer(*pair, given(files), 4, own, own, 1.0).clamp(-1, 1) - expected).abs().max() > 0.01
+    assert "classes" not in found
+
+
+def test_a_model_trained_with_masks_transfers_as_a_generator(files: Path, tmp_path: Path) -> None:
+    """As `edit` and `sample` take it: all is hidden."""
+    models = ["--encoder", "@prompted_encoder", "--decoder", "@masked", "--from-prompt", "red", "--to-prompt", "blue"]
+    assert run("transfer", files, tmp_path, "--input", "@images.safetensors", *models, "--w", "1") == 0
+    pair = load(files / "prompted_encoder"), load(files / "masked")
+    own, other = (model.text_encoder.encode([said] * 5) for model, said in zip(pair, ("red", "blue"), strict=True))
+    other |= {"mask": torch.ones(5, 1, 8, 8), "masked_image": torch.zeros(5, *SHAPE)}
+    expected = transfer(*pair, given(files), 4, own, other, 1.0).clamp(-1, 1)
+    found = load_file(tmp_path / "samples.safetensors")["images"]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_a_teacher_can_stand_on_both_sides(files: Path, tmp_path: Path) -> None:
     """Undistilled DDIB, guided with its own null class: what distilled pairs are compared with."""
     models = ["--encoder", "@teacher", "--decoder", "@teacher", "--w", "2", "--steps", "3"]
@@ -194,6 +223,7 @@ def test_a_teacher_can_stand_on_both_sides(files: Path, tmp_path: Path) -> None:
 EDIT = ["--model", "@deterministic", "--input", "@images.safetensors", "--classes", "1"]
 TEXT = ["--model", "@prompted", "--input", "@images.safetensors", "--strength", "0.5"]
 PAIR = ["--encoder", "@encoder", "--decoder", "@deterministic", "--to", "1"]
+SAID = ["--encoder", "@prompted_encoder", "--decoder", "@prompted", "--input", "@images.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +257,12 @@ PAIR = ["--encoder", "@encoder", "--decoder", "@deterministic", "--to", "1"]
         ("transfer", [*PAIR, "--input", "@images.safetensors", "--from", "12"], "this model has no class 12"),
         ("transfer", [*PAIR, "--input", "@images.safetensors", "--encoder", "@stochastic"], "must be an encoder"),
         ("transfer", [*PAIR, "--input", "@images.safetensors", "--decoder", "@teacher"], "--steps: "),
+        ("transfer", [*PAIR, "--input", "@images.safetensors", "--decoder", "@teacher", "--steps", "8"],
+         "encoder: must be of 8 steps, as many as are taken, not 4"),
+        ("transfer", [*PAIR, "--input", "@images.safetensors", "--to-prompt", "red"], "--to-prompt: must be left out"),
+        ("transfer", [*SAID, "--to-prompt", "red"], "--from-prompt: must be given: this model takes text"),
+        ("transfer", [*SAID, "--from-prompt", "red"], "--to-prompt: must be given: this model takes text"),
+        ("transfer", [*SAID, "--from-prompt", "red", "--to-prompt", "blue", "--from", "1"], "--from 1: must be left"),
     ],
 )
 def test_refusals(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from rich.console import Console
 
 from fewstep.lab.config import ConfigError
-from fewstep.lab.sample import add_prompts, parse_classes, require, spec_of, steps_for, weight_for
+from fewstep.lab.sample import add_prompts, check_prompts, parse_classes, require, spec_of, steps_for, weight_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +40,15 @@ def add_commands(commands: Any) -> None:
     inpaint.add_argument("--mask", required=True, metavar="PNG", help="black and white, of the images' size")
     inpaint.add_argument("--strength", type=float, default=1.0, help="as in edit; 1 forgets what the mask hides")
     inpaint.set_defaults(command=inpaint_command)
-    transfer = commands.add_parser("transfer", help="encode images as one class, decode them as another")
+    transfer = commands.add_parser("transfer", help="encode images as one class or text, decode them as another")
     transfer.add_argument("--encoder", required=True, metavar="DIR", help="an encoder's folder, or a teacher's")
     transfer.add_argument("--decoder", required=True, metavar="DIR", help="student of as many steps")
     own = "classes of the images, e.g. 3 or 0-9, taken in turn; default: those in --input"
     transfer.add_argument("--from", dest="source", default="", metavar="LIST", help=own)
     transfer.add_argument("--to", default="", metavar="LIST", help="classes to become, taken in turn; default: all")
+    for option, said in (("--from-prompt", "what the images show"), ("--to-prompt", "what they are to show")):
+        more = f"{said}, of models that take text; repeat it for several, taken in turn"
+        transfer.add_argument(option, action="append", default=[], metavar="TEXT", help=more)
     _common_arguments(transfer)
     transfer.set_defaults(command=transfer_command)
 
@@ -116,15 +120,16 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     """Transfer as the arguments say.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be, such as classes without
-            an encoder for them; nothing is written.
+        ConfigError, ValueError, FileNotFoundError: an argument, image or model that cannot be, such as classes or texts
+            without an encoder for them; nothing is written.
     """
     import torch
 
     from fewstep.lab.distributed import pick_device
     from fewstep.lab.evaluation.zoo import with_guidance
+    from fewstep.lab.inpainting import as_generator
     from fewstep.lab.latents import autoencoder_of, decode, encode
-    from fewstep.lab.sampling import misuse
+    from fewstep.lab.sampling import as_condition, misuse
     from fewstep.models import load
     from fewstep.samplers import transfer
 
@@ -137,14 +142,22 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     alike = shape_of(encoder) == shape_of(decoder)
     require(alike, "--encoder", args.encoder, f"for images as {args.decoder} makes them")
     w, steps = weight_for(args.w, decoder), steps_for(args.steps, args.decoder, decoder)
-    steps_for(steps, args.encoder, encoder)
-    source = source_of(args, given, encoder)
-    target = classes_for(args.to, decoder, len(given.images), "--to")
+    check_steps(steps, args.encoder, encoder)
+    count = len(given.images)
+    check_prompts(args.from_prompt, encoder, "--from-prompt", "given", "--encoder", args.encoder)
+    check_prompts(args.to_prompt, decoder, "--to-prompt", "given", "--decoder", args.decoder)
+    source, target = source_of(args, given, encoder), classes_for(args.to, decoder, count, "--to")
     with misuse(console, args.strict), torch.inference_mode():
-        own, other = (None if labels is None else labels.to(device) for labels in (source, target))
-        pair = with_guidance(encoder, w), with_guidance(decoder, w)
+        own = as_condition(encoder, source, in_turn(args.from_prompt, count), device)
+        other = as_condition(decoder, target, in_turn(args.to_prompt, count), device)
+        pair = (as_generator(with_guidance(each, w), autoencoder) for each in (encoder, decoder))
         made = transfer(*pair, encode(autoencoder, given.images).to(device), steps, own, other, w)
     return _write(args, console, given, decode(autoencoder, made.float().cpu()), target)
+
+
+def in_turn(prompts: list[str], count: int) -> list[str]:
+    """So many of them; none if there are none."""
+    return list(islice(cycle(prompts), count))
 
 
 def check_same_latents(args: argparse.Namespace, ours: Autoencoder | None, theirs: Autoencoder | None) -> None:
@@ -158,6 +171,12 @@ def check_encoder(folder: str, network: NetworkDenoiser) -> None:
     trained = network.trained
     fits = trained is None or trained.steps is None or trained.kind == "encoder"
     require(fits, "--encoder", folder, f"an encoder, a stage-one model or a teacher, not {trained and trained.kind!r}")
+
+
+def check_steps(steps: int, folder: str, network: NetworkDenoiser) -> None:
+    """Refuse an encoder that was distilled to other steps than are taken."""
+    trained = network.trained and network.trained.steps
+    require(trained in (None, steps), "--encoder", folder, f"of {steps} steps, as many as are taken, not {trained}")
 
 
 def source_of(args: argparse.Namespace, given: Given, encoder: NetworkDenoiser) -> Tensor | None:

@@ -47,7 +47,7 @@ def add_drawing(parser: argparse.ArgumentParser, num: int) -> None:
     parser.add_argument("--num", "--number", type=int, default=num, help=number)
     parser.add_argument("--classes", default="", metavar="LIST", help="e.g. 0-9 or 3,5,7, taken in turn; default: all")
     add_prompts(parser)
-    parser.add_argument("--sampler", help="ddim, dpmpp_2m, heun or ancestral; default: what the model is for")
+    parser.add_argument("--sampler", help="ddim, stochastic, dpmpp_2m, heun, ancestral; default: what the model is for")
     parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i alone")
     parser.add_argument("--chunk", type=int, default=250, help="images sampled at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -148,12 +148,21 @@ def prompts_for(args: argparse.Namespace, network: NetworkDenoiser) -> tuple[str
             raise ConfigError(f"--prompts {args.prompts}: must be a file of one prompt per line ({error})") from error
         require(bool(lines), "--prompts", args.prompts, "a file with at least one line")
         found += lines
-    if not network.takes_text:
-        require(not found, "--prompt", "", "left out: this model takes no text")
-    else:
-        require(bool(found), "--prompt", "", "given, or --prompts FILE: this model takes text ('' is no text)")
-        require(network.text_encoder is not None, "--model", args.model, "one that was saved with its text encoder")
+    check_prompts(found, network, "--prompt", "given, or --prompts FILE", "--model", args.model)
     return tuple(found)
+
+
+def check_prompts(
+    found: list[str], network: NetworkDenoiser, option: str, right: str, model: str, folder: str
+) -> None:
+    """Raise ConfigError for prompts without a model that takes text, or such a model without prompts or encoder.
+
+    option gives the prompts, `right` says what it must be; model is the option that gives `folder`, the network's.
+    """
+    if not network.takes_text:
+        return require(not found, option, "", "left out: this model takes no text")
+    require(bool(found), option, "", f"{right}: this model takes text ('' is no text)")
+    require(network.text_encoder is not None, model, folder, "one that was saved with its text encoder")
 
 
 def weight_for(asked: float | None, network: NetworkDenoiser) -> float:

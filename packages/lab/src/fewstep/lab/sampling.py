@@ -106,11 +106,14 @@ def sample_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, de
 
 
 def condition(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Cond:
-    """What these samples are to be of: their classes, or what the denoiser's own encoder makes of their prompts."""
-    if spec.prompts:
-        found = encoder_of(denoiser).encode(spec.texts(start, stop))
-        return {name: tensor.to(device) for name, tensor in found.items()}
-    labels = spec.labels(start, stop)
+    """What these samples are to be of."""
+    return as_condition(denoiser, spec.labels(start, stop), spec.texts(start, stop), device)
+
+
+def as_condition(denoiser: Denoiser, labels: Tensor | None, texts: list[str], device: torch.device) -> Cond:
+    """What the denoiser's own encoder makes of texts or, where there are none, classes (B,), or None."""
+    if texts:
+        return {name: tensor.to(device) for name, tensor in encoder_of(denoiser).encode(texts).items()}
     return None if labels is None else labels.to(device)
 
 
