@@ -15,10 +15,14 @@ from PIL import Image
 
 
 def without_tones(caption: str) -> str:
-    """The emoji's name without its skin tones: "waving hand: light skin tone" is "waving hand"."""
+    """The emoji's name without its skin tones: "waving hand: light skin tone" is "waving hand".
+
+    Of two people in two tones the names say "person, person" too: "kiss: person, person, light skin tone, dark skin
+    tone" is "kiss".
+    """
     name, _, details = caption.partition(": ")
     kept = [detail for detail in details.split(", ") if detail and not detail.endswith("skin tone")]
-    return f"{name}: {', '.join(kept)}" if kept else name
+    return f"{name}: {', '.join(kept)}" if kept not in ([], ["person", "person"]) else name
 
 
 def main(archive: str, folder: str) -> int:

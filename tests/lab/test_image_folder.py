@@ -131,11 +131,12 @@ def test_the_emoji_tool(tmp_path: Path) -> None:
         "waving hand: light skin tone": "waving hand", "waving hand": "waving hand", "keycap: #": "keycap: #",
         "man: dark skin tone, red hair": "man: red hair", "man: red hair": "man: red hair",
         "kiss: man, woman, light skin tone, medium-dark skin tone": "kiss: man, woman",
+        "kiss: person, person, light skin tone, dark skin tone": "kiss",
     }  # fmt: skip
     assert {text: tool.without_tones(text) for text in groups} == groups
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    names = [f"{i}.png" for i in range(6)]
-    np.savez(tmp_path / "a.npz", x=pixels, caption=list(groups), group=["x", "y"] * 3, fname=names)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(groups), 16, 16, 3), dtype=np.uint8)
+    names, classes = ([word.format(i=i, k="xy"[i % 2]) for i in range(len(groups))] for word in ("{i}.png", "{k}"))
+    np.savez(tmp_path / "a.npz", x=pixels, caption=list(groups), group=classes, fname=names)
     assert tool.main(str(tmp_path / "a.npz"), str(tmp_path / "out")) == 0
     data = load_data(config(tmp_path / "out", "data.heldout=2").data)
     tones = [{tool.without_tones(text) for text in split.captions} for split in (data.train, data.heldout)]
