@@ -192,6 +192,11 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         to_diffusers(ours(), tmp_path / "out", w=1.0)
     with pytest.raises(ValueError, match=r"w=1.0 cannot be fixed: this UNet2DModel takes none"):
         to_diffusers(FIXED["UNet2DModel"](), tmp_path / "out", w=1.0)
+    for w in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"w={w:g}: must be finite and >= 0, within the trained \[0, 9\]"):
+            to_diffusers(guided("diffusers", ours()), tmp_path / "out", w=w)
+    with pytest.warns(UserWarning, match=r"w=12 lies outside the range \[0, 9\] that the student was trained for"):
+        to_diffusers(guided("diffusers", ours()), tmp_path / "far", w=12.0)
     with pytest.raises(ValueError, match=r"scheduler 'lcm' of UNet2DModel is unknown: use 'ddim'"):
         to_diffusers(ours(), tmp_path / "out", scheduler="lcm")
     (tmp_path / "file").write_text("mine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -191,7 +192,7 @@ def _fixed(guidance: GuidanceEmbedding | None, settings: Any, kind: str, w: floa
     """What this w adds to the time features, or 0 where there is no guidance. Shape: (time features,) or ().
 
     Raises:
-        ValueError: w is missing or superfluous, or of a form that depends on more than w.
+        ValueError: w is missing, superfluous or negative, or of a form that depends on more than w.
     """
     if guidance is None:
         if w is not None:
@@ -204,5 +205,11 @@ def _fixed(guidance: GuidanceEmbedding | None, settings: Any, kind: str, w: floa
         )
     if w is None:
         raise ValueError(f"diffusers' {kind} has no input for w: give the w that is to be fixed")
+    low, high = settings["w_range"]
+    if not 0 <= w < math.inf:
+        raise ValueError(f"w={w:g}: must be finite and >= 0, within the trained [{low:g}, {high:g}] (scale is 1 + w)")
+    if not low <= w <= high:
+        text = f"w={w:g} lies outside the range [{low:g}, {high:g}] that the student was trained for"
+        warnings.warn(text, stacklevel=5)
     weight = torch.tensor([float(w)], device=guidance.project.weight.device)
     return guidance.added(weight, weight)[0]
