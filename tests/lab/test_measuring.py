@@ -92,6 +92,8 @@ def test_fid_against_files_is_scipys_whatever_the_processes_and_the_reference(pl
         assert (row["samples"], row["few_samples"]) == (45, None)
     found = precision_recall(*(torch.tensor(judged(place, x)[0]) for x in (samples, reference)))
     assert (by_images["precision"], by_images["recall"]) == pytest.approx(tuple(found))
+    origin = json.loads((place / "out" / "results.json").read_text())["reference"]
+    assert origin["digest"] == Statistics.load(place / "ref.npz").digest
     assert (by_file["kid"], by_file["precision"]) == (None, None)
     theirs = isc_features_to_metric(judged(place, samples)[1], splits=2, shuffle=False)
     assert by_images["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)

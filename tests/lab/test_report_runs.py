@@ -16,8 +16,8 @@ from fewstep.lab.checkpoint import write_tensors
 from fewstep.lab.cli import main
 from fewstep.lab.config import ConfigError
 from fewstep.lab.evaluation import FORMAT
-from fewstep.lab.report.runs import families, read_runs
-from fewstep.lab.report.runs_page import best, results_table, same_noise, samples
+from fewstep.lab.report.runs import curves, families, read_runs
+from fewstep.lab.report.runs_page import best, cost, over_w, results_table, same_noise, samples
 from fewstep.lab.report.tables import Table
 
 
@@ -110,6 +110,11 @@ def test_other_features_stand_apart_and_few_samples_are_marked(runs: Path) -> No
     shown = results_table([marked, other])
     assert {row[5][-1] == "†" for row in shown.rows if row[0] == marked.name} == {True}
     (runs / "measured" / "results.json").write_text(json.dumps(measurement(fid=None, few_samples="fewer; refused")))
+    other = measurement()
+    other["reference"] |= {"path": "/data/other/cifar10.npz", "digest": "cd" * 32}
+    (runs / "other").mkdir()
+    (runs / "other" / "results.json").write_text(json.dumps(other))
+    assert len(families(read_runs([runs / "measured", runs / "other"]))) == 2
     (refused,) = read_runs([runs / "measured"])
     assert results_table([refused]).rows[0][5] == "–†"
 
@@ -117,11 +122,32 @@ def test_other_features_stand_apart_and_few_samples_are_marked(runs: Path) -> No
 def test_curves_take_the_w_of_the_lowest_fid_by_cost(runs: Path) -> None:
     """By whatever w came last, a sampler's curve against NFE would be a matter of order."""
     (one,) = read_runs([runs / "first"])
-    line = one.lines()["halve, DDIM"]
+    line = curves([one])["first/evaluate", "halve, DDIM"]
     chosen = best(line)
     assert [point.steps for point in chosen] == sorted({point.steps for point in line})
     for point in chosen:
         assert point.fid == min(p.fid for p in line if p.steps == point.steps and p.fid is not None)
+
+
+def test_students_measured_one_by_one_lie_on_one_curve(runs: Path) -> None:
+    """Each point alone would have neither a curve over NFE nor one over w; another run's belong to neither."""
+    for run in ("cifar10", "other/cifar10"):
+        for steps, w in ((8, 0.0), (8, 0.3), (4, 0.3), (4, 0.0)):
+            folder = runs / "m" / run / f"{steps}_{w:g}"
+            folder.mkdir(parents=True)
+            model = f"/runs/{run}/halve/steps_{steps}/model"
+            found = measurement(model=model, steps=steps, nfe=steps, w=w, fid=steps + w + len(run))
+            (folder / "results.json").write_text(json.dumps(found))
+    found = read_runs(sorted(path.parent for path in (runs / "m").rglob("results.json")))
+    names = [("runs/cifar10", "halve, DDIM"), ("other/cifar10", "halve, DDIM")]
+    assert sorted(curves(found)) == sorted(names)
+    for name, added in zip(names, (7, 13), strict=True):
+        assert [(p.nfe, p.fid) for p in best(curves(found)[name])] == [(4, 4 + added), (8, 8 + added)]
+        over = over_w(found)[": ".join(name)]
+        assert {steps: [(p.w, p.fid) for p in line] for steps, line in over.items()} == {
+            steps: [(0.0, steps + added), (0.3, pytest.approx(steps + 0.3 + added))] for steps in (8, 4)
+        }
+    assert len(cost(found).axes[0].get_lines()) == 2
 
 
 def test_samples_are_side_by_side_of_one_noise_only(runs: Path) -> None:

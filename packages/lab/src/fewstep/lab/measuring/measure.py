@@ -142,12 +142,14 @@ class Measurement:
         """What has to be known to make the figures again."""
         statistics, extractor, images = self.statistics, self.samples.extractor, self.samples.images
         count = statistics.count if statistics is not None else self.works()[0].images.count
+        digest = None if statistics is None else statistics.digest
         spec = asdict(images.spec) if isinstance(images, ModelImages) else None
         seed = images.spec.seed if isinstance(images, ModelImages) else 0
         return {
             "features": extractor.name,
             "weights": extractor.weights,
-            "reference": {"path": self.reference, "count": count, "resolution": images.resolution},
+            "reference": {"path": self.reference, "count": count, "resolution": images.resolution,
+                          "digest": digest},
             "spec": spec,
             "seconds": summary.seconds,
             "circumstances": circumstances(seed, pick_device(self.samples.device)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
@@ -31,6 +32,11 @@ class Statistics:
     weights: str | None = None
     resolution: int | None = None
     count: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of mean and covariance: files of one name may hold others."""
+        return hashlib.sha256(self.mean.tobytes() + self.covariance.tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write an `.npz` of `mu`, `sigma` (which others read too), `features` and what else is known, atomically."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +19,10 @@ SHOWN_W = 1.0  # the w whose samples are shown, if there are any
 
 @dataclass(frozen=True)
 class Point:
-    """One set of samples. seconds: per image. few: why its FID means nothing. w = 0 is no guidance (scale is 1 + w)."""
+    """One set of samples. seconds: per image. few: why its FID means nothing. w = 0 is no guidance (scale is 1 + w).
+
+    curve: run and name of the curve that it lies on; None for that of its measurement and its own name.
+    """
 
     name: str
     steps: int
@@ -30,6 +33,7 @@ class Point:
     score: float | None
     samples: int
     few: str | None = None
+    curve: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,6 @@ class Measured:
     facts: dict[str, str]
     grids: Mapping[str, Tensor] = field(default_factory=dict)
     classes: int = 1
-
-    def lines(self) -> dict[str, list[Point]]:
-        """Points by what was sampled, in the order in which they were measured."""
-        found: dict[str, list[Point]] = {}
-        for point in self.points:
-            found.setdefault(point.name, []).append(point)
-        return found
 
 
 def read_runs(folders: Sequence[Path]) -> list[Measured]:
@@ -79,6 +76,21 @@ def families(found: Sequence[Measured]) -> dict[str, list[Measured]]:
     for one in found:
         groups.setdefault(one.family, []).append(one)
     return groups
+
+
+def curves(group: Sequence[Measured]) -> dict[tuple[str, str], list[Point]]:
+    """What a curve joins, by run and what was sampled, in the order in which it was measured.
+
+    Students of one stage that `fewstep measure` measured one by one, at this w and that, lie on one curve.
+    """
+    own = sorted({point.curve[0] for one in group for point in one.points if point.curve is not None})
+    short = dict(zip(own, _names([Path(run) for run in own]), strict=True)) if own else {}
+    found: dict[tuple[str, str], list[Point]] = {}
+    for one in group:
+        for point in one.points:
+            run, name = point.curve or (one.name, point.name)
+            found.setdefault((short.get(run, run), name), []).append(point)
+    return found
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -113,8 +125,7 @@ def _read(path: Path, run: str, folder: Path) -> Measured | None:
 def _points(results: Row) -> Iterator[Point]:
     if results.get("kind") == "measure":
         for row in results["rows"]:
-            folder = [part for part in Path(row.get("model", "")).parts if part != "model"]
-            yield _point(row, "/".join(folder[-2:]) or "samples", row["few_samples"])
+            yield _of_model(row) if "model" in row else _point(row, "samples", row["few_samples"])
         return
     mark = str(results["features"]).partition("fewer samples")
     few = "".join(mark[1:]) or None
@@ -131,16 +142,27 @@ def _points(results: Row) -> Iterator[Point]:
                 yield point
 
 
-def _point(row: Row, name: str, few: str | None) -> Point:
+def _of_model(row: Row) -> Point:
+    """Of a model in `<run>/<stage>/model` or `<run>/<stage>/steps_<N>/model`."""
+    folder = Path(row["model"])
+    folder = folder.parent if folder.name == "model" else folder
+    stage = folder.parent if folder.name.startswith("steps_") else folder
+    point = _point(row, "/".join(folder.parts[-2:]), row["few_samples"])
+    return replace(point, curve=(str(stage.parent), _sampled(stage.name, row)))
+
+
+def _sampled(name: str, row: Row) -> str:
     sampler = row.get("sampler")
     what = name if sampler is None else f"{name}, {SAMPLER_NAMES.get(sampler, sampler)}"
-    if row.get("noise_level"):
-        what += f" (noise {row['noise_level']:g})"
+    return f"{what} (noise {row['noise_level']:g})" if row.get("noise_level") else what
+
+
+def _point(row: Row, name: str, few: str | None) -> Point:
     speed = row.get("images_per_second")
     fid = row["fid"] if "fid" in row else row["fid_heldout"]
     return Point(
-        what, int(row.get("steps", 0)), int(row.get("nfe", 0)), float(row.get("w", 0.0)), 1 / speed if speed else None,
-        fid, row["is"], int(row["samples"]), few,
+        _sampled(name, row), int(row.get("steps", 0)), int(row.get("nfe", 0)), float(row.get("w", 0.0)),
+        1 / speed if speed else None, fid, row["is"], int(row["samples"]), few,
     )  # fmt: skip
 
 
@@ -150,7 +172,9 @@ def _family(results: Row) -> str:
         count = "an unknown number of" if reference["count"] is None else f"{reference['count']:,}"
         size = f"{reference['resolution']} x {reference['resolution']}"
         weights = f"{results['features']} (weights {results['weights'][:10]})"
-        return f"{weights}, against {count} images of {size}, {Path(reference['path']).name}"
+        digest = reference.get("digest")
+        name = Path(reference["path"]).name + (f" ({digest[:10]})" if digest else "")
+        return f"{weights}, against {count} images of {size}, {name}"
     data = results["data"]
     features = str(results["features"]).split(", fewer samples")[0]
     return f"{features}, against {data['heldout']:,} held-out images of {data['name']}"

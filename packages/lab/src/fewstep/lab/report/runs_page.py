@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.report.grids import sheet
 from fewstep.lab.report.parts import picture, remark, scroll
-from fewstep.lab.report.runs import Measured, Point, families
+from fewstep.lab.report.runs import Measured, Point, curves, families
 from fewstep.lab.report.style import OTHER_STYLES, STEP_STYLES, count_steps, plain_log, step_style, style
 from fewstep.lab.report.tables import DASH, Table, fixed, seconds
 
@@ -107,17 +107,17 @@ def cost(group: Sequence[Measured]) -> Figure:
     """FID and IS against NFE and seconds per image: a colour for each model and sampler, a dash for each run."""
     figure = Figure((9.6, 6.0))
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    names = list(dict.fromkeys(name for one in group for name in one.lines()))
-    for run, one in enumerate(group):
-        for name, points in one.lines().items():
-            colour, marker = STYLES[names.index(name) % len(STYLES)]
-            look = {"color": colour, "marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 1.2,
-                    "ls": DASHES[run % len(DASHES)], "label": f"{one.name}: {name}"}  # fmt: skip
-            line = best(points)
-            for row, measure in zip(panels, ("fid", "score"), strict=True):
-                for axes, by in zip(row, ("nfe", "seconds"), strict=True):
-                    known = [p for p in line if getattr(p, by) is not None and getattr(p, measure) is not None]
-                    axes.plot([getattr(p, by) for p in known], [getattr(p, measure) for p in known], **look)
+    found = curves(group)
+    runs, names = (list(dict.fromkeys(key[i] for key in found)) for i in range(2))
+    for (run, name), points in found.items():
+        colour, marker = STYLES[names.index(name) % len(STYLES)]
+        look = {"color": colour, "marker": marker, "ms": 4.5, "mec": "white", "mew": 0.5, "lw": 1.2,
+                "ls": DASHES[runs.index(run) % len(DASHES)], "label": f"{run}: {name}"}  # fmt: skip
+        line = best(points)
+        for row, measure in zip(panels, ("fid", "score"), strict=True):
+            for axes, by in zip(row, ("nfe", "seconds"), strict=True):
+                known = [p for p in line if getattr(p, by) is not None and getattr(p, measure) is not None]
+                axes.plot([getattr(p, by) for p in known], [getattr(p, measure) for p in known], **look)
     for axes in panels.flat:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -135,13 +135,12 @@ def cost(group: Sequence[Measured]) -> Figure:
 def over_w(group: Sequence[Measured]) -> dict[str, dict[int, list[Point]]]:
     """For each model and sampler of which several w were measured, its points by w for each number of steps."""
     found = {}
-    for one in group:
-        for name, line in one.lines().items():
-            known = sorted((p for p in line if p.fid is not None and p.score is not None), key=lambda point: point.w)
-            curves = {steps: [p for p in known if p.steps == steps] for steps in sorted({p.steps for p in known})[::-1]}
-            several = {steps: curve for steps, curve in curves.items() if len(curve) > 1}
-            if several:
-                found[f"{one.name}: {name}"] = several
+    for (run, name), points in curves(group).items():
+        known = sorted((p for p in points if p.fid is not None and p.score is not None), key=lambda point: point.w)
+        lines = {steps: [p for p in known if p.steps == steps] for steps in sorted({p.steps for p in known})[::-1]}
+        several = {steps: line for steps, line in lines.items() if len({p.w for p in line}) > 1}
+        if several:
+            found[f"{run}: {name}"] = several
     return found
 
 
@@ -153,8 +152,8 @@ def pareto(group: Sequence[Measured]) -> Figure:
     figure = Figure((3.1 * columns + 0.9, 2.6 * lines + 0.5))
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     handles: dict[int, Artist] = {}
-    for axes, (name, curves) in zip(panels.flat, shown.items(), strict=False):
-        for steps, points in curves.items():
+    for axes, (name, by_steps) in zip(panels.flat, shown.items(), strict=False):
+        for steps, points in by_steps.items():
             colour, marker = step_style(steps)
             handles[steps], *_ = axes.plot(
                 [p.score for p in points], [p.fid for p in points], color=colour, marker=marker, ms=4, lw=1.1,
