@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 from lab_configs import DIGITS, MOMENTS, altered, digits, moments
 
-from fewstep.lab.checkpoint import checkpoints
+from fewstep.lab.checkpoint import checkpoints, write_tensors
+from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.cli import main
 from fewstep.lab.config import ConfigError, TeacherConfig
 from fewstep.lab.train import parts_of
@@ -37,8 +39,11 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def torchrun(processes: int, *arguments: str, program: tuple[str, ...] = ("-m", "fewstep.lab")) -> None:
-    """What `torchrun --nproc-per-node` does, without its seconds of start-up: the environment, and one port."""
+def torchrun(processes: int, *arguments: str, program: tuple[str, ...] = ("-m", "fewstep.lab")) -> list[str]:
+    """What `torchrun --nproc-per-node` does, without its seconds of start-up: the environment, and one port.
+
+    Returns what each process said.
+    """
     everyone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     started = [
         subprocess.Popen(
@@ -50,9 +55,28 @@ def torchrun(processes: int, *arguments: str, program: tuple[str, ...] = ("-m", 
         )
         for rank in range(processes)
     ]
-    for process in started:
-        said, _ = process.communicate(timeout=600)
+    everything = [process.communicate(timeout=600)[0] for process in started]
+    for process, said in zip(started, everything, strict=True):
         assert process.returncode == 0, said
+    return everything
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """Each its share of samples and of reference: a figure must not depend on how many made it, nor be of a part."""
+    torch.manual_seed(0)
+    save_classifier(Classifier(3, 4, width=8), tmp_path / "judge")
+    for name, count in (("samples", 45), ("reference", 60)):
+        write_tensors(tmp_path / f"{name}.safetensors", {"images": torch.rand(count, 3, 8, 8) * 2 - 1})
+    shared = ["measure", "--samples", str(tmp_path / "samples.safetensors"), "--chunk", "20", "--device", "cpu",
+              "--reference", str(tmp_path / "reference.safetensors"), "--features",
+              str(tmp_path / "judge")]  # fmt: skip
+    assert main([*shared, "--out", str(tmp_path / "one")]) == 0
+    said = torchrun(2, *shared, "--out", str(tmp_path / "two"))
+    for words, shares in zip(said, (("40 images", "25 images"), ("20 images", "20 images")), strict=True):
+        assert re.findall(r"^\d+ images", words, re.MULTILINE) == list(shares)
+    rows = [json.loads((tmp_path / out / "results.json").read_text())["rows"][0] for out in ("one", "two")]
+    for name in ("fid", "is", "kid", "precision", "recall", "samples"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-6)
 
 
 def losses(folder: Path) -> list[float]:
