@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from fewstep.lab.captioned import shapes_split
 from fewstep.lab.cli import main
 from fewstep.lab.compose import compose
 from fewstep.lab.config import ConfigError, TextConfig
-from fewstep.lab.data import load_data
+from fewstep.lab.data import Split, load_data
 from fewstep.lab.evaluation.alignment import alignment
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.metrics import wilson
@@ -209,6 +210,27 @@ def test_the_teacher_drops_to_the_condition_that_guidance_uses(prompted: Prompte
     stage_one = GuidanceDistillation(denoiser, student, denoiser.null_cond)
     assert isinstance(for_method(load_data(config.data).train, stage_one), TextSplit)
     prompted.requires_grad_(True)
+
+
+def test_captions_are_embedded_once(prompted: Prompted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each different one, by the encoder as it is now; a neighbour's, or another encoder's, is another condition."""
+    own = copy.deepcopy(prompted.encoder)
+    denoiser = NetworkDenoiser(prompted.denoiser.network, prompted.schedule, "v", text_encoder=own)
+    words = ("a red circle", "a blue square", "a red circle", "a green square above a red circle")
+    split = Split(torch.zeros(300, 3, 4, 4), torch.zeros(300), tuple(words[i % 4] for i in range(300)))
+    indices, seen = torch.tensor([298, 1, 4, 3]), []
+    own.register_forward_hook(lambda module, given, made: seen.append(len(made)))
+    for memory in (2**31, 0):  # 0: too little for them, so batch by batch
+        monkeypatch.setattr("fewstep.lab.text.MEMORY", memory)
+        with torch.no_grad():
+            own.positions.mul_(1.5)
+        seen.clear()
+        conditioned(split, denoiser)
+        found = conditioned(split, denoiser).take(indices)[1]
+        assert seen == ([3] if memory else [4])
+        expected = own.encode([words[i % 4] for i in indices.tolist()])
+        assert torch.equal(found["text_mask"], expected["text_mask"])
+        torch.testing.assert_close(found["text"], expected["text"])
 
 
 def test_every_part_of_the_encoder_is_trained(prompted: Prompted) -> None:

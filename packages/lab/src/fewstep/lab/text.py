@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from fewstep.schedules import Cond
 
 PRETRAINED = "pretrained"
 TOKENIZERS = ("bytes", "bpe", PRETRAINED)
+MEMORY = 2**31  # bytes of embeddings that every process keeps in memory, at most; of more captions they are made anew
+CHUNK = 128  # captions that are embedded at once
 
 
 class Prompted(nn.Module):
@@ -54,22 +57,29 @@ class Prompted(nn.Module):
 
 @dataclass(frozen=True)
 class TextSplit(Split):
-    """A captioned split whose condition is tokens (N, L), masked or not, or embeddings of them by a frozen encoder.
+    """A captioned split whose condition is tokens, masked or not, or embeddings of them by a frozen encoder.
 
-    They are embedded batch by batch, not stored: an epoch's embeddings would take more memory than its images.
+    rows: (N,), the place of each image's caption among the U different ones. tokens, mask: (U, L) of these. texts:
+    (U, L, D), their embeddings; None: they are made batch by batch.
     """
 
+    rows: Tensor | None = None
     tokens: Tensor | None = None
     mask: Tensor | None = None
     encoder: TextEncoder | None = None
+    texts: Tensor | None = None
 
     def take(self, indices: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Cond]:
         """Images (B, C, H, W) and conditions at `indices` (B,)."""
-        assert self.tokens is not None  # `conditioned` makes it
+        assert self.rows is not None  # `conditioned` makes it
+        assert self.tokens is not None
         images, indices = self.visit(indices, seeds)
-        tokens = self.tokens.index_select(0, indices)
-        mask = None if self.mask is None else self.mask.index_select(0, indices)
+        rows = self.rows.index_select(0, indices)
+        mask = None if self.mask is None else self.mask.index_select(0, rows)
         masked = {} if mask is None else {"text_mask": mask}
+        if self.texts is not None:
+            return images, {"text": self.texts.index_select(0, rows), **masked}
+        tokens = self.tokens.index_select(0, rows)
         if self.encoder is None:
             return images, {"tokens": tokens, **masked}
         with torch.no_grad():
@@ -120,10 +130,41 @@ def networks_of(method: Method) -> tuple[object, ...]:
 
 def _with_tokens(split: Split, tokenizing: TextEncoder, embedding: TextEncoder | None) -> TextSplit:
     assert split.captions is not None  # `conditioned` asked
-    found = tokenizing.tokenize(split.captions)
+    places = {caption: row for row, caption in enumerate(dict.fromkeys(split.captions))}
+    rows, different = torch.tensor([places[caption] for caption in split.captions]), tuple(places)
+    found = tokenizing.tokenize(different)
+    tokens, mask = found["tokens"], found.get("text_mask")
+    texts = None if embedding is None else _embedded(_Texts(embedding.digest, different, embedding, tokens, mask))
     return TextSplit(
-        split.images, split.labels, split.captions, split.flips, found["tokens"], found.get("text_mask"), embedding
+        split.images, split.labels, split.captions, split.flips, rows, tokens, mask, embedding, texts
     )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Captions and an encoder, which are what they are by its digest; and their tokens (U, L)."""
+
+    digest: str
+    captions: tuple[str, ...]
+    encoder: TextEncoder = field(compare=False)
+    tokens: Tensor = field(compare=False)
+    mask: Tensor | None = field(compare=False)
+
+
+@lru_cache(maxsize=1)  # one training after the other asks for the same
+@torch.no_grad()
+def _embedded(texts: _Texts) -> Tensor | None:
+    """Embeddings (U, L, D) on the CPU, in chunks that are those of every process; None if they take too much memory."""
+    encoder, tokens, mask = texts.encoder, texts.tokens, texts.mask
+    found = torch.empty(*tokens.shape, encoder.width, device="meta")
+    if found.nbytes > MEMORY:
+        return None
+    found = torch.empty_like(found, device="cpu")
+    for start in range(0, len(tokens), CHUNK):
+        part = slice(start, start + CHUNK)
+        shown = None if mask is None else mask[part].to(encoder.device)
+        found[part] = encoder(tokens[part].to(encoder.device), shown)
+    return found
 
 
 def encoder_of(denoiser: object) -> TextEncoder:
