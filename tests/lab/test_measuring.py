@@ -146,6 +146,7 @@ def test_what_cannot_be_compared_is_refused_before_any_compute(place: Path, caps
         (["--samples", str(place / "large.safetensors"), *judge], "resolution=8: must be 16"),
         (["--samples", str(place / "few.safetensors"), *judge], "15 samples, 16 features.*KID is not.*--allow-few"),
         ([*samples, *judge, "--shards", "2"], "--shards 2: must be 1 with cluster=local"),
+        ([*samples, *judge, "--clip", "clip"], "--clip clip: must be left out: what these images are to show"),
         ([*samples, *judge, "--splits", "46"], "--splits 46: must be 45 or less"),
         ([*samples, *judge, "--model", "x"], "exactly one of them must be given"),
         (judge, "exactly one of them must be given"),
@@ -239,6 +240,46 @@ def test_statistics_are_of_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -
     train = load_data(digits().data).train
     monkeypatch.setattr(TrainingImages, "_split", replace(train, flips=True))
     assert torch.equal(open_images(str(DIGITS), ["preset=debug"]).read(5, 9), train.images[5:9])
+
+
+def test_training_images_are_read_by_all_workers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them at a time would take hours for a million photographs."""
+    train, said = load_data(digits().data).train, []
+
+    class Files:
+        ahead, unreadable = 4, ()
+
+        def __len__(self) -> int:
+            return len(train)
+
+        def expect(self, indices: Tensor) -> None:
+            said.append(("expect", indices.tolist()))
+
+        def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+            said.append(("read", indices.tolist()))
+            return train.images[indices], indices
+
+    monkeypatch.setattr(TrainingImages, "_split", replace(train, images=Files()))
+    assert torch.equal(open_images(str(DIGITS), ["preset=debug"]).read(5, 8), train.images[5:8])
+    assert said == [(what, [i]) for what in ("expect", "read") for i in (5, 6, 7)]
+
+
+def test_clip_score_is_of_each_sample_and_its_own_prompt(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are taken in turn over all samples, not anew in every chunk: else most pictures meet others' prompts."""
+
+    class Score:
+        weights = "of a CLIP"
+
+        def __call__(self, x: Tensor, prompts: list[str]) -> Tensor:
+            return x.mean((1, 2, 3)) * torch.tensor([float(each) for each in prompts])
+
+    monkeypatch.setattr(job.ClipScore, "load", lambda folder, device: Score())
+    x = images(45, seed=1, shift=30)
+    said = {"sample": json.dumps({"prompts": ["1", "2", "4"]})}
+    write_tensors(place / "samples.safetensors", {"images": x}, said)
+    (row,) = measure(place, "--reference", str(place / "png"), "--clip", "folder")["rows"]
+    expected = (x.mean((1, 2, 3)) * torch.tensor([1.0, 2.0, 4.0]).repeat(15)).mean()
+    assert row["clip_score"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_streamed_inception_score_is_torch_fidelitys() -> None:

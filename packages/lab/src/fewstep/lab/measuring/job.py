@@ -130,10 +130,7 @@ class Extraction:
         seen = self.extractor(images.nan_to_num())
         tensors = {"features": seen.features} | ({} if seen.logits is None else {"logits": seen.logits})
         if self.score is not None:
-            prompts = self.images.prompts(low, high)
-            if not prompts:
-                raise ConfigError(f"--clip {self.clip}: must be left out: what these images are to show is not known")
-            tensors["alignment"] = self.score(images.nan_to_num(), prompts)
+            tensors["alignment"] = self.score(images.nan_to_num(), self.images.prompts(low, high))
         clock.append(time.perf_counter())
         broken = (low + (~finite).nonzero().flatten()).tolist()
         return FeatureShard(tensors, broken, {"making": clock[1] - clock[0], "extractor": clock[2] - clock[1]})

@@ -65,11 +65,14 @@ class Measurement:
         """Refuse, before any compute, what cannot be compared.
 
         Raises:
-            ConfigError: no such reference.
+            ConfigError: no such reference, or a CLIP score of images without prompts.
             ValueError: it is of another extractor or resolution.
             FewSamplesError: fewer samples, or images behind the reference, than features.
         """
         images, extractor = self.samples.images, self.samples.extractor
+        clip = self.samples.clip
+        if clip is not None and not images.prompts(0, 1):
+            raise ConfigError(f"--clip {clip}: must be left out: what these images are to show is not known")
         if self.statistics is None:
             here, there = images.resolution, self.works()[0].images.resolution
             if here != there:
