@@ -12,7 +12,7 @@ from lab_configs import EXPERIMENTS
 
 from fewstep.lab.cli import _arguments, _parser, main
 from fewstep.lab.compose import compose
-from fewstep.lab.config import Config
+from fewstep.lab.config import Config, ConfigError
 from fewstep.lab.sampling import SAMPLERS, own_sampler
 from fewstep.lab.validate import stage_order
 from fewstep.models import load
@@ -96,6 +96,12 @@ def test_the_debug_form_walks_every_stage(name: str, teachers: dict[str, list[st
             cond = model.text_encoder.encode(["one", "two"]) if model.text_encoder is not None else seeds
             x = SAMPLERS[own_sampler(model.trained)](model, noise, steps, cond, w, seeds=seeds)
             assert x.isfinite().all()
+
+
+def test_data_that_are_not_given_are_asked_for() -> None:
+    """The first thing that anybody meets who runs an experiment of this size."""
+    with pytest.raises(ConfigError, match=r"^data.files.path: must be given, data.files.path=\.\.\.$"):
+        compose(EXPERIMENTS / "imagenet64")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
 from fewstep.lab.pretrained import anchor
@@ -123,6 +123,8 @@ def _one_line(error: BaseException) -> str:
     if cause is None:
         return str(error).splitlines()[0].strip()
     key = str(cause.full_key or cause.key)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: must be given, {key}=..."
     first = str(cause.msg or cause).splitlines()[0]
     if cause.parent_node is None or "not in" not in first:
         return f"{key}: {first}"

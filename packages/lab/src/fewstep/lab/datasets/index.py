@@ -153,10 +153,17 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     parts = {}
                 key = name[1]
                 parts[name[2].lower()] = (member.offset_data, member.size)
+        _check_end(path, archive.offset)
     except (tarfile.TarError, OSError) as error:
         raise ConfigError(f"{path}: damaged or cut short ({error}); shards must be whole tar files") from error
     if parts:
         yield key, parts
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raise tarfile.ReadError unless a block of zeros is there: tarfile takes a cut or damaged header for the end."""
+    if _read(path, offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no file and no end at byte {offset}")
 
 
 def _read(path: Path, start: int, size: int) -> bytes:

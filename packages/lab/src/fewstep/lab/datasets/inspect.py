@@ -17,7 +17,7 @@ from fewstep.lab.data import Split
 from fewstep.lab.datasets import cifar10, mnist
 from fewstep.lab.datasets.files import PUBLISHED
 from fewstep.lab.datasets.index import Index, NoCaptionsError, folder_index, shard_index
-from fewstep.lab.datasets.reader import WHOLE, Places, Reader
+from fewstep.lab.datasets.reader import WHOLE, Places, Reader, reason
 from fewstep.lab.image_folder import kinds, matched
 from fewstep.lab.workers import spread
 
@@ -91,7 +91,7 @@ def _look(places: Places) -> tuple[Counter[tuple[int, int]], dict[int, str]]:
                 picture.convert("RGB")
                 sizes[picture.size] += 1
         except Exception as error:  # whatever Pillow's decoders meet
-            unreadable[number] = f"{type(error).__name__}: {error}"
+            unreadable[number] = reason(error)
     return sizes, unreadable
 
 

@@ -75,7 +75,7 @@ class Reader:
                 with Image.open(io.BytesIO(self.encoded(number))) as picture:
                     images[i] = square(picture, self.image_size, self.channels, self.resize)
             except Exception as error:  # damaged images make Pillow raise whatever its decoders meet
-                failed[i] = f"{type(error).__name__}: {error}"
+                failed[i] = reason(error)
         return Found(images, failed)
 
     def encoded(self, number: int) -> bytes:
@@ -114,6 +114,11 @@ class Reader:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[file] = os.open(self._path(number), os.O_RDONLY)
         return self._open[file]
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, without Pillow's address of the bytes in memory."""
+    return f"{type(error).__name__}: {error}".partition(" <_io.")[0]
 
 
 class Workers:
