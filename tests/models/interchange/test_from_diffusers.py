@@ -1,6 +1,7 @@
 """from_diffusers: what diffusers computes itself is the truth, by class, prediction and condition."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,27 @@ def test_what_a_folder_holds_is_known_without_its_weights(kind: str, tmp_path: P
         assert found.network.input_shape == whole.network.input_shape
         assert found.network.num_classes == whole.network.num_classes
         assert (found.takes_text, found.takes_guidance) == (kind == "UNet2DConditionModel", False)
+
+
+def test_a_dit_is_read_under_the_name_that_it_was_published_with(tmp_path: Path) -> None:
+    """DiT-XL-2-256 says Transformer2DModel, and more than DiT's class takes now; no other transformer is a DiT."""
+    model, (z, y, _) = dit(), inputs("DiTTransformer2DModel")
+    model.save_pretrained(tmp_path / "transformer")
+    ddpm().save_pretrained(tmp_path / "scheduler")
+    config = tmp_path / "transformer" / "config.json"
+    settings = json.loads(config.read_text()) | {
+        "_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "cross_attention_dim": None,
+        "num_vector_embeds": None, "only_cross_attention": False, "use_linear_projection": False,
+    }  # fmt: skip
+    config.write_text(json.dumps(settings))
+    found, t = from_diffusers(tmp_path), torch.full((3,), 0.5)
+    torch.testing.assert_close(found(z, t, y), from_diffusers(model, ddpm())(z, t, y))
+    assert from_diffusers(tmp_path, weights=False).network.config == found.network.config
+    save(found, tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(z, t, y), found(z, t, y))
+    config.write_text(json.dumps(settings | {"norm_type": "ada_norm_single"}))
+    with pytest.raises(ValueError, match="'Transformer2DModel' is unknown: use one of UNet2DModel, UNet2DCond"):
+        from_diffusers(tmp_path)
 
 
 def test_pipeline_object() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.interchange.library import LOCAL, diffusers, known_class, known_prediction, settings_of
+from fewstep.models.interchange.library import LOCAL, class_in, diffusers, known_class, known_prediction, settings_of
 from fewstep.models.interchange.network import DiffusersNetwork
 from fewstep.schedules import Discrete, Trained
 
@@ -102,7 +102,7 @@ def _read(folder: Path, scheduler: Any, library: Any, weights: bool) -> tuple[nn
     if scheduler is None or isinstance(scheduler, str | os.PathLike):
         scheduler = _read_scheduler(folder if scheduler is None else Path(scheduler), library)
     settings = _read_settings(places[0] / "config.json")
-    kind = getattr(library, known_class(str(settings.get("_class_name"))))
+    kind = getattr(library, class_in(settings))
     if weights:
         model: nn.Module = kind.from_pretrained(places[0], **LOCAL)
         return model, scheduler

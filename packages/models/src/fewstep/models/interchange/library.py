@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from types import ModuleType
 
 from torch import nn
@@ -40,6 +42,18 @@ def known_class(name: str) -> str:
     return name
 
 
+def class_in(settings: Mapping[str, object]) -> str:
+    """The class that a network's config.json names, if it is known.
+
+    DiT's published checkpoints still name the class that held many kinds of transformers; diffusers reads them as this.
+
+    Raises:
+        ValueError: it is not known; the message lists those that are.
+    """
+    name = str(settings.get("_class_name"))
+    return DIT if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_zero" else known_class(name)
+
+
 def known_prediction(name: object) -> Prediction:
     """The prediction, by diffusers' `prediction_type`.
 
@@ -52,6 +66,10 @@ def known_prediction(name: object) -> Prediction:
 
 
 def settings_of(model: nn.Module) -> dict[str, object]:
-    """What the class of a diffusers model takes to build one of the same shape, JSON-able."""
+    """What the class of a diffusers model takes to build one of the same shape, JSON-able.
+
+    Of old checkpoints `config` holds more: what the class once took.
+    """
     config = dict(model.config)  # type: ignore[arg-type]  # diffusers' models carry a dict
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    taken = inspect.signature(type(model)).parameters
+    return {key: value for key, value in config.items() if key in taken}
