@@ -80,8 +80,8 @@ class Measurement:
             return
         self.statistics.refuse_other(Path(self.reference), extractor.name, extractor.weights, images.resolution)
         features = len(self.statistics.mean)
-        there = self.statistics.count
-        fewest, what = min((images.count, "samples"), (there or images.count, f"images behind {self.reference}"))
+        behind = self.statistics.count or images.count
+        fewest, what = min((images.count, "samples"), (behind, f"images behind {self.reference}"))
         if fewest < features and not self.allow_few_samples:
             raise FewSamplesError(
                 f"{fewest:,} {what}, {features:,} features of {extractor.name}: FID must be of as many samples "
