@@ -679,7 +679,9 @@ def parameter_launches(
         return []
     chunks_tile = min(16, power_above(chunks))
     samples = min(16 // chunks_tile * 2, power_above(batch))
-    channels_tile, warps = (32, 4) if samples * chunks_tile > 1 else (128, 1)       # one row: 16 bytes to a thread
+    rows = samples * chunks_tile
+    channels_tile = max(32, 128 // rows)
+    warps = min(4, rows * channels_tile // 128)     # 16 bytes of fp32 to a thread, at least
     tile = {"SAMPLES": samples, "CHUNKS_TILE": chunks_tile, "CHANNELS": channels_tile}
     gradients = dict(zip(("dweight", "dbias", "dscale", "dshift"), parameters, strict=True))
     args = {**sums, **{name: affine[name] for name in ("weight", "bias", "scale")}, **gradients,
