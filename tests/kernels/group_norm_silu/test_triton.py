@@ -123,3 +123,12 @@ def test_planted_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.M
         except InterpreterError as raised:
             caught = [str(raised)]
     assert caught
+
+
+def test_parameter_gradients_have_16_bytes_for_every_thread() -> None:
+    """A tile of fewer than four values a thread is read without 128-bit loads, as a batch of one once was."""
+    found = [c for c in triton_kernel.configurations() if c.kernel is triton_kernel.parameter_gradients]
+    assert any(c.constants["SAMPLES"] == 1 for c in found)
+    for c in found:
+        values = c.constants["SAMPLES"] * c.constants["CHUNKS_TILE"] * c.constants["CHANNELS"]
+        assert values >= 4 * 32 * c.num_warps, c.name
