@@ -88,7 +88,7 @@ def test_latex_has_a_cell_for_every_cell_and_no_bare_signs(runs: Path) -> None:
     (measured,) = group.values()
     text = results_table(measured).latex()
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert {line.count(" & ") for line in lines} == {8}
+    assert {line.count(" & ") for line in lines} == {9}
     assert len(lines) == len(results_table(measured).rows) + 1
     odd = Table(("w", "a_b"), [["50 %", "1 ± 2 & 3 #{x}†"]], text_columns=1).latex()
     assert r"\begin{tabular}{lr}" in odd
@@ -109,14 +109,17 @@ def test_other_features_stand_apart_and_few_samples_are_marked(runs: Path) -> No
     assert not any(point.few for point in other.points)
     shown = results_table([marked, other])
     assert {row[5][-1] == "†" for row in shown.rows if row[0] == marked.name} == {True}
-    (runs / "measured" / "results.json").write_text(json.dumps(measurement(fid=None, few_samples="fewer; refused")))
+    without = measurement(fid=None, kid=0.01234, few_samples="fewer; refused")
+    (runs / "measured" / "results.json").write_text(json.dumps(without))
     other = measurement()
     other["reference"] |= {"path": "/data/other/cifar10.npz", "digest": "cd" * 32}
     (runs / "other").mkdir()
     (runs / "other" / "results.json").write_text(json.dumps(other))
     assert len(families(read_runs([runs / "measured", runs / "other"]))) == 2
     (refused,) = read_runs([runs / "measured"])
-    assert results_table([refused]).rows[0][5] == "–†"
+    shown = results_table([refused])
+    cells = dict(zip(shown.header, shown.rows[0], strict=True))
+    assert (cells["FID"], cells["KID"], cells["IS"]) == ("–†", "0.0123", "9.10")
 
 
 def test_curves_take_the_w_of_the_lowest_fid_by_cost(runs: Path) -> None:

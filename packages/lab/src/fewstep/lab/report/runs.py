@@ -33,6 +33,7 @@ class Point:
     score: float | None
     samples: int
     few: str | None = None
+    kid: float | None = None
     curve: tuple[str, str] | None = None
 
 
@@ -162,7 +163,7 @@ def _point(row: Row, name: str, few: str | None) -> Point:
     fid = row["fid"] if "fid" in row else row["fid_heldout"]
     return Point(
         _sampled(name, row), int(row.get("steps", 0)), int(row.get("nfe", 0)), float(row.get("w", 0.0)),
-        1 / speed if speed else None, fid, row["is"], int(row["samples"]), few,
+        1 / speed if speed else None, fid, row["is"], int(row["samples"]), few, row.get("kid"),
     )  # fmt: skip
 
 

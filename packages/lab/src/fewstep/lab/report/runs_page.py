@@ -45,8 +45,9 @@ def write_runs(found: Sequence[Measured], out: Path) -> Path:
 
 
 def results_table(group: Sequence[Measured]) -> Table:
-    """A row for every set of samples; the lowest FID of each measurement in bold on the page."""
-    header = ("run", "sampler", "steps", "NFE", "w", "FID", "IS", "per image", "samples")
+    """A row for every set of samples, with KID if any has one; the lowest FID of a measurement in bold on the page."""
+    kid = ["KID"] if any(point.kid is not None for one in group for point in one.points) else []
+    header = ("run", "sampler", "steps", "NFE", "w", "FID", *kid, "IS", "per image", "samples")
     rows, groups, marks = [], set(), {}
     for one in group:
         groups.add(len(rows))
@@ -56,7 +57,8 @@ def results_table(group: Sequence[Measured]) -> Table:
                 marks[len(rows), 5] = "good"
             rows.append([
                 one.name, point.name, str(point.steps or DASH), str(point.nfe or DASH), f"{point.w:g}",
-                fixed(point.fid, 2) + (MARK if point.few else ""), fixed(point.score, 2),
+                fixed(point.fid, 2) + (MARK if point.few else ""), *(fixed(point.kid, 4) for _ in kid),
+                fixed(point.score, 2),
                 DASH if point.seconds is None else seconds(point.seconds), f"{point.samples:,}",
             ])  # fmt: skip
     return Table(header, rows, text_columns=2, groups=frozenset(groups), marks=marks)
