@@ -93,7 +93,9 @@ def plan(batch: int, channels: int, groups: int, pixels: int, itemsize: int, las
     across, along = _tile(span, pixels, last)
     held, programs = span * pixels * itemsize * (2 if backward else 1), batch * blocks
     if held <= ALONE or (held <= STREAMED and programs >= PROCESSORS):
-        return Plan("streamed", together, blocks, across, along, 1, pixels, _warps(across * along))
+        # Of fp32 a backward thread has 4 elements: with 8, ptxas keeps to 64 registers on sm_80 and sm_89 and spills.
+        halves = 2 if backward and itemsize == 4 else 1
+        return Plan("streamed", together, blocks, across, along, 1, pixels, _warps(across * along * halves))
     chunks = min(MOST_CHUNKS, max(2, min(-(-PROGRAMS // programs), held // CHUNK), held // STREAMED))
     while pixels < chunks * along and across * along > TILE // 4 and along > 1:
         along //= 2
