@@ -51,6 +51,15 @@ class Plan:
     chunk: int
     warps: int
 
+    @property
+    def registers(self) -> int | None:
+        """The most that a thread may have, or None for the compiler's choice.
+
+        Streamed programs of 8 warps have 64: four programs fill a processor's registers. Left to itself ptxas aims at
+        more programs, with 40 or 48 registers, and spills, on one architecture or another.
+        """
+        return 64 if self.tier == "streamed" and self.warps == 8 else None
+
 
 def groups_together(channels: int, groups: int, itemsize: int) -> int:
     """How many groups a channels_last program takes: 64 bytes of a pixel or more, few idle lanes, aligned to 16 bytes.
@@ -93,9 +102,7 @@ def plan(batch: int, channels: int, groups: int, pixels: int, itemsize: int, las
     across, along = _tile(span, pixels, last)
     held, programs = span * pixels * itemsize * (2 if backward else 1), batch * blocks
     if held <= ALONE or (held <= STREAMED and programs >= PROCESSORS):
-        # Of fp32 a backward thread has 4 elements: with 8, ptxas keeps to 64 registers on sm_80 and sm_89 and spills.
-        halves = 2 if backward and itemsize == 4 else 1
-        return Plan("streamed", together, blocks, across, along, 1, pixels, _warps(across * along * halves))
+        return Plan("streamed", together, blocks, across, along, 1, pixels, _warps(across * along))
     chunks = min(MOST_CHUNKS, max(2, min(-(-PROGRAMS // programs), held // CHUNK), held // STREAMED))
     while pixels < chunks * along and across * along > TILE // 4 and along > 1:
         along //= 2

@@ -570,14 +570,17 @@ class Launch:
         self.configuration.launch((self.programs,), *self.args)
 
 
-def bound(kernel: Any, programs: int, warps: int, args: Mapping[str, Any], constants: Mapping[str, Any]) -> Launch:
+def bound(
+    kernel: Any, programs: int, warps: int, args: Mapping[str, Any], constants: Mapping[str, Any],
+    registers: int | None = None,
+) -> Launch:
     """Bind arguments, in the order of the kernel's parameters; absent tensors become constants."""
     given = {name: value for name, value in args.items() if value is not None}
     absent = {name: None for name, value in args.items() if value is None}
     types = {name: _type(value) for name, value in given.items()}
     configuration = Configuration(
         f"{kernel.__name__} {' '.join(types.values())} {dict(constants)} {sorted(absent)}", kernel, types,
-        absent | dict(constants), num_warps=warps,
+        absent | dict(constants), num_warps=warps, maxnreg=registers,
         divisible=tuple(name for name, value in given.items() if isinstance(value, int) and value % 16 == 0),
     )
     return Launch(configuration, programs, tuple(given.values()))
@@ -628,7 +631,7 @@ def forward_launches(
         args = {"x": x, "residual": residual, **affine, "y": y, "total": total, "mean": mean, "rstd": rstd, **rows,
                 **sizes, "eps": eps}
         constants = tile | modes | {"BEFORE": before, "RESIDENT": p.tier == "resident"}
-        return [bound(forward_one, programs, p.warps, args, constants)]
+        return [bound(forward_one, programs, p.warps, args, constants, p.registers)]
     part_mean, part_m2 = torch.empty((2, batch, p.chunks, groups), dtype=mean.dtype, device=x.device)
     parts, sizes = {"part_mean": part_mean, "part_m2": part_m2}, sizes | {"chunks": p.chunks, "chunk": p.chunk}
     first = {"x": x, "residual": residual if before else None, "total": total, **parts, **sizes}
@@ -658,7 +661,7 @@ def backward_launches(
     if p.tier != "two_phase":
         args = {"x": x, "dy": dy, "dtotal": dtotal, **affine, **moments, "dx": dx, **sums, **sizes}
         constants = tile | modes | {"RESIDENT": p.tier == "resident"}
-        return [bound(backward_one, programs, p.warps, args, constants), *last]
+        return [bound(backward_one, programs, p.warps, args, constants, p.registers), *last]
     part_a, part_b = torch.empty((2, batch, p.chunks, groups), dtype=mean.dtype, device=x.device)
     parts, sizes = {"part_a": part_a, "part_b": part_b}, sizes | {"chunks": p.chunks, "chunk": p.chunk}
     first = {"x": x, "dy": dy, **affine, **moments, **sums, **parts, **sizes}
@@ -681,7 +684,7 @@ def parameter_launches(
     samples = min(16 // chunks_tile * 2, power_above(batch))
     rows = samples * chunks_tile
     channels_tile = max(32, 128 // rows)
-    warps = min(4, rows * channels_tile // 128)     # 16 bytes of fp32 to a thread, at least
+    warps = rows * channels_tile // 128             # 16 bytes of fp32 to a thread
     tile = {"SAMPLES": samples, "CHUNKS_TILE": chunks_tile, "CHANNELS": channels_tile}
     gradients = dict(zip(("dweight", "dbias", "dscale", "dshift"), parameters, strict=True))
     args = {**sums, **{name: affine[name] for name in ("weight", "bias", "scale")}, **gradients,
