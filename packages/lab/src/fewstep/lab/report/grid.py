@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,8 @@ def heat_map(results: Results) -> Figure:
     """Every measure of every line: w down, steps across, one colour scale for a measure."""
     shown, weights, steps = lines(results), _weights(results), _steps(results)
     rows = measures(results)
-    figure = Figure((0.62 * len(steps) * len(shown) + 1.6, max(1.3, 0.36 * len(weights)) * len(rows) + 1.2))
+    height = max(1.3, 0.36 * len(weights)) * len(rows) + 1.2  # inches
+    figure = Figure((0.62 * len(steps) * len(shown) + 1.6, height))
     panels = figure.subplots(len(rows), len(shown), sharex=True, sharey=True, squeeze=False)
     for axes, line in zip(panels[0], shown, strict=True):
         axes.set_title(line.name.replace(" (", "\n("), fontsize=9.5)
@@ -208,13 +210,11 @@ def heat_map(results: Results) -> Figure:
             _shade(axes, shade, norm, measure)
             axes.set_xticks(range(len(steps)), [str(n) for n in steps])
             axes.set_yticks(range(len(weights)), [f"{w:g}" for w in weights])
-            if row is panels[0]:
-                axes.set_title(line.name.replace(" (", "\n("), fontsize=9.5)
-        row[0].set_ylabel(f"{measure.name}\n$w$", fontsize=9)
+        row[0].set_ylabel(f"{textwrap.fill(measure.name, 22)}\n$w$", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("steps")
     figure.text(0.5, 0.0, str(results["features"]), ha="center", va="top", fontsize=8.5, color=FAINT)
-    figure.subplots_adjust(hspace=0.12, wspace=0.06)
+    figure.subplots_adjust(bottom=0.6 / height, top=1 - 0.6 / height, hspace=0.12, wspace=0.06)
     return figure
 
 
