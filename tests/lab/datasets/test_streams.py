@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import data_files
+import numpy as np
 import pytest
 import torch
-from data_files import config, numbers, parts, picture, write_folder, write_shard, write_shards
+import webdataset
+from data_files import SIDE, config, numbers, parts, picture, write_folder, write_shard, write_shards
 
 from fewstep.lab.classifier import Classifier, ClassifierTraining
 from fewstep.lab.config import ClassifierConfig, ConfigError
@@ -52,6 +54,20 @@ def test_every_image_is_there_once_with_its_class_and_caption(name: str, tmp_pat
 
 def _file(number: int) -> data_files.io.BytesIO:
     return data_files.io.BytesIO(picture(number))
+
+
+def test_shards_that_the_library_wrote(tmp_path: Path) -> None:
+    """webdataset's own writer and reader agree with ours: the same images, classes and captions in the same order."""
+    with webdataset.ShardWriter(f"file:{tmp_path}/shard-%03d.tar", maxcount=8, verbose=0) as sink:
+        for number in range(20):
+            sink.write({"__key__": f"{number:05d}", "png": picture(number), "cls": number % 2, "txt": f"café {number}"})
+    theirs = list(webdataset.WebDataset(sorted(map(str, tmp_path.glob("*.tar"))), shardshuffle=False).decode("rgb8"))
+    found = index.shard_index(tmp_path, True)
+    images, failed = Reader(found.places, SIDE, 3, "area").read(torch.arange(20).numpy())
+    assert not failed
+    assert (images == np.stack([sample["png"].transpose(2, 0, 1) for sample in theirs])).all()
+    assert found.labels.tolist() == [sample["cls"] for sample in theirs]
+    assert found.captions == tuple(sample["txt"] for sample in theirs) == tuple(f"café {n}" for n in range(20))
 
 
 def test_samples_of_shards_in_all_their_shapes(tmp_path: Path) -> None:
