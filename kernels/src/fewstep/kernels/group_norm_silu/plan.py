@@ -40,6 +40,7 @@ class Plan:
         chunks: programs that the pixels are cut into; 1 unless two_phase.
         chunk: pixels of each, a multiple of `pixels` unless there is only one.
         warps: of a program.
+        registers: the most that a thread may have; None: the compiler's choice.
     """
 
     tier: Tier
@@ -50,15 +51,7 @@ class Plan:
     chunks: int
     chunk: int
     warps: int
-
-    @property
-    def registers(self) -> int | None:
-        """The most that a thread may have, or None for the compiler's choice.
-
-        Streamed programs of 8 warps have 64: four programs fill a processor's registers. Left to itself ptxas aims at
-        more programs, with 40 or 48 registers, and spills, on one architecture or another.
-        """
-        return 64 if self.tier == "streamed" and self.warps == 8 else None
+    registers: int | None = None
 
 
 def groups_together(channels: int, groups: int, itemsize: int) -> int:
@@ -102,7 +95,11 @@ def plan(batch: int, channels: int, groups: int, pixels: int, itemsize: int, las
     across, along = _tile(span, pixels, last)
     held, programs = span * pixels * itemsize * (2 if backward else 1), batch * blocks
     if held <= ALONE or (held <= STREAMED and programs >= PROCESSORS):
-        return Plan("streamed", together, blocks, across, along, 1, pixels, _warps(across * along))
+        warps = _warps(across * along)
+        # Four programs of 8 warps fill a processor's registers at 64 a thread. Left to itself ptxas aims at more
+        # programs, with 40 or 48, and spills on one architecture or another; channels_last tiles need more than 64.
+        registers = 64 if warps == 8 and not last else None
+        return Plan("streamed", together, blocks, across, along, 1, pixels, warps, registers)
     chunks = min(MOST_CHUNKS, max(2, min(-(-PROGRAMS // programs), held // CHUNK), held // STREAMED))
     while pixels < chunks * along and across * along > TILE // 4 and along > 1:
         along //= 2

@@ -34,8 +34,7 @@ class InstantMomentMatching(Moments):
         k: sampling steps of the student.
         preconditioner: Lambda, see `adam_preconditioner` and `estimate_preconditioner`; frozen.
         null_cond, w_range, weight, weight_shift: as in `MomentMatching`. Guidance changes the teacher's answer, not its
-            Jacobian.
-            With weight "adaptive" the loss that gives nu, and with it the logged objective, is flat.
+            Jacobian. With weight "adaptive" the loss that gives nu, and with it the logged objective, is flat.
         clip: None or (low, high) for the teacher's x, its Jacobian unchanged likewise.
 
     Raises:
@@ -53,15 +52,16 @@ class InstantMomentMatching(Moments):
         null_cond: Cond = None,
         w_range: WRange | None = None,
         weight: str = "edm_weight",
-        weight_shift: float = 0.0,
         clip: tuple[float, float] | None = None,
+        weight_shift: float = 0.0,
     ) -> None:
         check_clip(clip)
         for name, network in (("teacher", teacher), ("student", student)):
             refuse_sharded(name, network)
         check_preconditioner(preconditioner, teacher)
         super().__init__(
-            teacher, k, null_cond, w_range, weight, weight_shift, student=student  # type: ignore[arg-type]  # a denoiser
+            teacher, k, null_cond, w_range, weight,  # type: ignore[arg-type]  # a denoiser
+            weight_shift=weight_shift, student=student,
         )
         self.network, self.clip = teacher, clip
         self.preconditioner = {name: value.detach() for name, value in preconditioner.items()}

@@ -29,9 +29,9 @@ class MomentMatching(Moments):
         weight: w(s), the name of a loss weight of fewstep.schedules (below EDM's least noise, sigma = 0.002, it stays
             as it is there), or "adaptive" (DMD's, meant for k <= 2: x~'s gradient divided by the mean
             |x~ - g_theta(z_s)| of its sample; the auxiliary loss is flat).
+        renoise: how z_s is reached, see `step_to`; other than "posterior" for ablations.
         weight_shift: taken from the log-SNR before w(s): -2 log(resolution / 64), where the schedule is shifted by as
             much for larger images (B, section 4).
-        renoise: how z_s is reached, see `step_to`; other than "posterior" for ablations.
 
     Raises:
         ValueError: k, w_range, weight or renoise is wrong, the teacher takes w or was distilled, student and auxiliary
@@ -48,12 +48,12 @@ class MomentMatching(Moments):
         null_cond: Cond = None,
         w_range: WRange | None = None,
         weight: str = "edm_weight",
-        weight_shift: float = 0.0,
         renoise: Renoise = "posterior",
+        weight_shift: float = 0.0,
     ) -> None:
         refuse_shared("auxiliary", auxiliary, "student", student)
         networks = {"student": student, "auxiliary": auxiliary}
-        super().__init__(teacher, k, null_cond, w_range, weight, weight_shift, renoise, **networks)
+        super().__init__(teacher, k, null_cond, w_range, weight, renoise, weight_shift, **networks)
 
     def active(self, step: int) -> str:
         """Even updates are the auxiliary network's, odd ones the student's."""

@@ -64,8 +64,8 @@ class Moments(Training):
         null_cond: Cond,
         w_range: WRange | None,
         weight: str,
-        weight_shift: float = 0.0,
         renoise: Renoise = "posterior",
+        weight_shift: float = 0.0,
         **networks: nn.Module,
     ) -> None:
         check_steps(k, "k")
