@@ -689,7 +689,8 @@ def parameter_launches(
     gradients = dict(zip(("dweight", "dbias", "dscale", "dshift"), parameters, strict=True))
     args = {**sums, **{name: affine[name] for name in ("weight", "bias", "scale")}, **gradients,
             "scale_row": _row(affine["scale"]), "B": batch, "C": channels, "chunks": chunks}
-    return [bound(parameter_gradients, -(-channels // channels_tile), warps, args, tile)]
+    registers = 64 if warps == 8 else None          # as in `plan`: left to itself ptxas spills on sm_100
+    return [bound(parameter_gradients, -(-channels // channels_tile), warps, args, tile, registers)]
 
 
 def forward(*args: Any) -> None:
