@@ -96,9 +96,7 @@ def plan(batch: int, channels: int, groups: int, pixels: int, itemsize: int, las
     held, programs = span * pixels * itemsize * (2 if backward else 1), batch * blocks
     if held <= ALONE or (held <= STREAMED and programs >= PROCESSORS):
         warps = _warps(across * along)
-        # Four programs of 8 warps fill a processor's registers at 64 a thread. Left to itself ptxas aims at more
-        # programs, with 40 or 48, and spills on one architecture or another; channels_last tiles need more than 64.
-        registers = 64 if warps == 8 and not last else None
+        registers = None if last else registers_for(warps)      # tiles of channels_last need more
         return Plan("streamed", together, blocks, across, along, 1, pixels, warps, registers)
     chunks = min(MOST_CHUNKS, max(2, min(-(-PROGRAMS // programs), held // CHUNK), held // STREAMED))
     while pixels < chunks * along and across * along > TILE // 4 and along > 1:
@@ -122,3 +120,11 @@ def _tile(span: int, pixels: int, last: bool) -> tuple[int, int]:
 def _warps(elements: int) -> int:
     """So many that a thread has 8 elements, within what a program can have: more of them spill."""
     return min(16, max(4, elements // 256))
+
+
+def registers_for(warps: int) -> int | None:
+    """The most registers of a thread in a program that walks: 64 of 8 warps, of which four programs fill a processor.
+
+    Left to itself ptxas aims at more programs, with 40 or 48, and spills on one architecture or another.
+    """
+    return 64 if warps == 8 else None

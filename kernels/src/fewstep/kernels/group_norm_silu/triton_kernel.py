@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewstep.kernels.backend import layout
 from fewstep.kernels.configuration import Configuration
-from fewstep.kernels.group_norm_silu.plan import Plan, plan, power_above
+from fewstep.kernels.group_norm_silu.plan import Plan, plan, power_above, registers_for
 from fewstep.kernels.group_norm_silu.shapes import SHAPES, Shape
 
 
@@ -689,8 +689,7 @@ def parameter_launches(
     gradients = dict(zip(("dweight", "dbias", "dscale", "dshift"), parameters, strict=True))
     args = {**sums, **{name: affine[name] for name in ("weight", "bias", "scale")}, **gradients,
             "scale_row": _row(affine["scale"]), "B": batch, "C": channels, "chunks": chunks}
-    registers = 64 if warps == 8 else None          # as in `plan`: left to itself ptxas spills on sm_100
-    return [bound(parameter_gradients, -(-channels // channels_tile), warps, args, tile, registers)]
+    return [bound(parameter_gradients, -(-channels // channels_tile), warps, args, tile, registers_for(warps))]
 
 
 def forward(*args: Any) -> None:

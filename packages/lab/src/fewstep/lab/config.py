@@ -170,7 +170,6 @@ class TrainingConfig(StageConfig):
     checkpoint_seconds: float = _free(30.0)  # save every so many seconds; 0: by updates alone
     log_every: int = _free(50)  # updates
 
-
     def updates_for(self, steps: int | None) -> int:
         """Updates of the training of a student of that many steps; None: of a stage's only training."""
         at: dict[int | None, int] = getattr(self, "updates_at", {})

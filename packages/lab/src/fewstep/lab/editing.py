@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -129,7 +128,7 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.evaluation.zoo import with_guidance
     from fewstep.lab.inpainting import as_generator
     from fewstep.lab.latents import autoencoder_of, decode, encode
-    from fewstep.lab.sampling import as_condition, misuse
+    from fewstep.lab.sampling import as_condition, in_turn, misuse
     from fewstep.models import load
     from fewstep.samplers import transfer
 
@@ -148,16 +147,11 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     check_prompts(args.to_prompt, decoder, "--to-prompt", "given", "--decoder", args.decoder)
     source, target = source_of(args, given, encoder), classes_for(args.to, decoder, count, "--to")
     with misuse(console, args.strict), torch.inference_mode():
-        own = as_condition(encoder, source, in_turn(args.from_prompt, count), device)
-        other = as_condition(decoder, target, in_turn(args.to_prompt, count), device)
+        own = as_condition(encoder, source, in_turn(args.from_prompt, 0, count), device)
+        other = as_condition(decoder, target, in_turn(args.to_prompt, 0, count), device)
         pair = (as_generator(with_guidance(each, w), autoencoder) for each in (encoder, decoder))
         made = transfer(*pair, encode(autoencoder, given.images).to(device), steps, own, other, w)
     return _write(args, console, given, decode(autoencoder, made.float().cpu()), target)
-
-
-def in_turn(prompts: list[str], count: int) -> list[str]:
-    """So many of them; none if there are none."""
-    return list(islice(cycle(prompts), count))
 
 
 def check_same_latents(args: argparse.Namespace, ours: Autoencoder | None, theirs: Autoencoder | None) -> None:

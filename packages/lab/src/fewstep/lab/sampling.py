@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,7 +86,7 @@ class SampleSpec:
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Prompts of these samples; [] without prompts."""
-        return [self.prompts[i % len(self.prompts)] for i in range(start, stop)] if self.prompts else []
+        return in_turn(self.prompts, start, stop)
 
     def key(self, digest: str, device: torch.device) -> dict[str, Any]:
         """The key of the shards that the model with this digest makes of it on this kind of device."""
@@ -103,6 +103,11 @@ def sample_chunk(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, de
         cond = condition(denoiser, spec, start, stop, device)
         x = SAMPLERS[spec.sampler](denoiser, noise, spec.steps, cond, spec.w, seeds=seeds, **louder)
     return x.float().cpu()
+
+
+def in_turn(prompts: Sequence[str], start: int, stop: int) -> list[str]:
+    """What samples start, ..., stop - 1 are to show, if prompts are taken in turn; none if there are none."""
+    return [prompts[i % len(prompts)] for i in range(start, stop)] if prompts else []
 
 
 def condition(denoiser: Denoiser, spec: SampleSpec, start: int, stop: int, device: torch.device) -> Cond:

@@ -24,7 +24,7 @@ from fewstep.lab.evaluation.zoo import Model, with_guidance
 from fewstep.lab.image_folder import SUFFIXES
 from fewstep.lab.inpainting import as_generator
 from fewstep.lab.latents import autoencoder_of, decode
-from fewstep.lab.sampling import SampleSpec, knowingly, timed_chunk
+from fewstep.lab.sampling import SampleSpec, in_turn, knowingly, timed_chunk
 from fewstep.lab.shards import ShardCache, read_shard
 from fewstep.models import Autoencoder
 from fewstep.schedules import Denoiser
@@ -134,7 +134,7 @@ class TensorFiles:
         with safe_open(self.paths[0], framework="pt") as file:
             said = (file.metadata() or {}).get("sample", "{}")
         prompts = json.loads(said).get("prompts", [])
-        return [prompts[i % len(prompts)] for i in range(start, stop)] if prompts else []
+        return in_turn(prompts, start, stop)
 
     def read(self, start: int, stop: int) -> Tensor:
         """From as many files as it takes; raises ConfigError for a shard whose checksum is another."""
