@@ -96,7 +96,8 @@ def plan(batch: int, channels: int, groups: int, pixels: int, itemsize: int, las
     held, programs = span * pixels * itemsize * (2 if backward else 1), batch * blocks
     if held <= ALONE or (held <= STREAMED and programs >= PROCESSORS):
         warps = _warps(across * along)
-        registers = None if last else registers_for(warps)      # tiles of channels_last need more
+        many = 80 if together > 8 and not backward else None    # of many groups in a tile, ptxas aims at 64 on sm_89
+        registers = many if last else registers_for(warps)
         return Plan("streamed", together, blocks, across, along, 1, pixels, warps, registers)
     chunks = min(MOST_CHUNKS, max(2, min(-(-PROGRAMS // programs), held // CHUNK), held // STREAMED))
     while pixels < chunks * along and across * along > TILE // 4 and along > 1:
