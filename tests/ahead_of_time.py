@@ -84,7 +84,7 @@ def _compile(configuration: Any, arch: int) -> Usage:
         options["maxnreg"] = configuration.maxnreg
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     resources, sass = _disassembled(kernel.asm["cubin"])
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())   # type: ignore[union-attr]
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
     return Usage(
         configuration.name, arch, registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", sass)), kernel.metadata.shared,
         sass.count("HGMMA"), len(LOADS_128.findall(sass)), configuration.wgmma, configuration.vector_loads,

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import leg_files  # noqa: E402 - from beside this file
-import run_leg  # noqa: E402
-from leg_files import LegError  # noqa: E402
+import run_leg  # noqa: E402 - its folder was put on the path above
+from leg_files import LegError  # noqa: E402 - its folder was put on the path above
 
 WANTED = ("hydra-core", "omegaconf", "submitit", "torch-fidelity", "rich")
 TOOLS = ("run_leg.py", "leg_files.py")

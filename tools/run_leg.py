@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 
 import leg_files  # noqa: E402 - from beside this file, wherever that is
-from leg_files import LegError  # noqa: E402
+from leg_files import LegError  # noqa: E402 - as above
 
 # Modules of compiled distributions, which no bundle can bring for any Python.
 MUST_BE_THERE = ("torch", "torchvision", "numpy", "scipy", "PIL", "safetensors", "matplotlib", "yaml")

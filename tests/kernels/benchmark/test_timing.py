@@ -108,7 +108,7 @@ def test_summary_by_hand() -> None:
 def test_inputs_are_taken_in_turn() -> None:
     """The same inputs again and again would measure the cache."""
     seen: list[int] = []
-    by_the_clock([lambda i=i: seen.append(i) for i in range(3)], torch.device("cpu"), 1e-4)  # type: ignore[misc]
+    by_the_clock([lambda i=i: seen.append(i) for i in range(3)], torch.device("cpu"), 1e-4)
     taken = seen[1:]
     assert {abs(taken.count(i) - taken.count(j)) <= 2 for i in range(3) for j in range(3)} == {True}
     assert len(taken) >= 2

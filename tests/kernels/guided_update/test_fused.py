@@ -44,7 +44,7 @@ def run(
         return two_step_target(raw, z, t, schedule, noise, s, w, clip=clip)
     if kind == "estimate":
         return guided_update(raw, z, t, None, schedule, w, clip=clip)
-    return guided_update(raw, z, t, s, schedule, w, kind=kind, noise=noise, clip=clip)  # type: ignore[call-overload,no-any-return]
+    return guided_update(raw, z, t, s, schedule, w, kind=kind, noise=noise, clip=clip)
 
 
 def worst(got: Tensor, expected: Tensor) -> float:
@@ -60,9 +60,9 @@ def test_as_exact_as_the_reference(name: str, kind: str, prediction: str) -> Non
     cases = itertools.product(DTYPES, ((None, None), (1.5, None), (torch.tensor([0.0, 1.0, 4.0]), (-1.0, 0.5))))
     for i, (dtype, (w, clip)) in enumerate(cases):
         z, cond, uncond, noise = drawn(SHAPES[(i + KINDS.index(kind)) % len(SHAPES)], 4, seed=i)
-        raw = Raw(cond.to(dtype), None if i == 0 else uncond.to(dtype), prediction)  # type: ignore[arg-type]
+        raw = Raw(cond.to(dtype), None if i == 0 else uncond.to(dtype), prediction)
         w = w[: len(z)] if isinstance(w, Tensor) else w
-        exact_raw = Raw(raw.cond_output.double(), None if i == 0 else raw.uncond_output.double(), raw.prediction)  # type: ignore[union-attr]
+        exact_raw = Raw(raw.cond_output.double(), None if i == 0 else raw.uncond_output.double(), raw.prediction)
         exact = run(kind, exact_raw, z.double(), w, noise.double(), clip, schedule=Karras() if i % 2 else Cosine())
         plain = run(kind, raw, z, w, noise, clip, schedule=Karras() if i % 2 else Cosine())
         with use_backend(name):
@@ -77,7 +77,7 @@ def gradients_of(
 ) -> list[Tensor]:  # fmt: skip
     for leaf in leaves:
         leaf.requires_grad_()
-    moved = run(kind, Raw(leaves[0], leaves[1], prediction), leaves[2], w, noise, clip)  # type: ignore[arg-type]
+    moved = run(kind, Raw(leaves[0], leaves[1], prediction), leaves[2], w, noise, clip)
     found = torch.autograd.grad(moved, needed, upstream, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, needed, strict=True)]
 
@@ -174,7 +174,7 @@ def test_operator_is_a_good_citizen(name: str) -> None:
     """Schema, fake tensors, autograd registration: what torch.compile and checkpointing take on trust."""
     torch.library.opcheck(fused.fused, operator_arguments(name))
     backend_, cond, uncond, z, noise, weight, w, levels, *rest = operator_arguments(name)
-    inputs = (backend_, noise, cond.detach(), uncond.detach(), z.detach(), weight, w, levels, *rest)  # type: ignore[attr-defined]
+    inputs = (backend_, noise, cond.detach(), uncond.detach(), z.detach(), weight, w, levels, *rest)
     torch.library.opcheck(fused.fused_backward, inputs)
 
 
@@ -252,7 +252,7 @@ def test_what_it_cannot_do_is_refused_by_name(name: str, change: dict[str, objec
     z = torch.zeros(2, 3)
     arguments = {"raw": Raw(z, z, "x"), "z": z, "t": torch.ones(2), "s": torch.zeros(2), "schedule": Cosine()} | change
     with use_backend(name), pytest.raises(ValueError, match=f"guided_update: {name} cannot run .*{reason}"):
-        guided_update(**arguments)  # type: ignore[call-overload]
+        guided_update(**arguments)
 
 
 def test_shapes_of_training_and_sampling_do_not_fall_back(name: str) -> None:

@@ -136,7 +136,7 @@ def test_noise_keeps_the_marginal(schedule: Schedule, kind: str) -> None:
 
     def run(eps: Tensor, noise: Tensor) -> Tensor:
         step = schedule.add_noise(x, T, eps)
-        return guided_update(Raw(x, None, "x"), step, T, S, schedule, kind=kind, noise=noise)  # type: ignore[arg-type]
+        return guided_update(Raw(x, None, "x"), step, T, S, schedule, kind=kind, noise=noise)
 
     alpha, sigma = columns(schedule, S)
     centre = run(0 * eps, 0 * noise)
@@ -186,9 +186,9 @@ def test_half_precision_outputs_are_used_in_float32() -> None:
     t, s = T.float(), S.float()
     for kind in ("ddim", "renoise", "posterior"):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = guided_update(raw, z, t, s, Cosine(), 2.0, kind=kind, noise=noise)  # type: ignore[arg-type]
+            got = guided_update(raw, z, t, s, Cosine(), 2.0, kind=kind, noise=noise)
         assert got.dtype == torch.float32
-        assert torch.equal(got, guided_update(wide, z, t, s, Cosine(), 2.0, kind=kind, noise=noise))  # type: ignore[arg-type]
+        assert torch.equal(got, guided_update(wide, z, t, s, Cosine(), 2.0, kind=kind, noise=noise))
     half = guided_update(raw, z.bfloat16(), t, s, Cosine())       # a bf16 state: its coefficients must not be bf16 too
     assert torch.equal(half, guided_update(raw, z.bfloat16().float(), t, s, Cosine()))
 
@@ -232,7 +232,7 @@ def test_compiles_without_graph_breaks() -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"kind": "euler"}, "kind='euler' is unknown; known: ddim, renoise, posterior"),
     ({"kind": "posterior"}, r"kind='posterior' needs noise, a tensor shaped like z \(4, 2, 3, 3\)"),
-    ({"raw": Raw(torch.zeros(4, 2, 3, 3), None, "score")}, "prediction='score' is unknown"),  # type: ignore[arg-type]
+    ({"raw": Raw(torch.zeros(4, 2, 3, 3), None, "score")}, "prediction='score' is unknown"),
     ({"raw": Raw(torch.zeros(8, 2, 3, 3), None, "x")}, r"outputs \(8, 2, 3, 3\) must be shaped like z"),
 ])
 def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
