@@ -1,5 +1,6 @@
 """Experiments of the papers' size: debug forms walk every stage, papers' forms are valid, pages can be followed."""
 
+import json
 import math
 import re
 import shlex
@@ -10,8 +11,9 @@ import pytest
 import torch
 from lab_configs import EXPERIMENTS
 
+from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.cli import _arguments, _parser, main
-from fewstep.lab.compose import compose
+from fewstep.lab.compose import compose, compose_grid
 from fewstep.lab.config import Config, ConfigError
 from fewstep.lab.sampling import SAMPLERS, own_sampler
 from fewstep.lab.validate import stage_order
@@ -98,6 +100,28 @@ def test_the_debug_form_walks_every_stage(name: str, teachers: dict[str, list[st
             assert x.isfinite().all()
 
 
+@pytest.mark.slow
+def test_a_grid_is_measured_by_any_extractor(tmp_path: Path) -> None:
+    """`evaluate --grid` of an experiment without a judge of its own, FID against statistics, samples not kept."""
+    torch.manual_seed(0)
+    save_classifier(Classifier(1, 10, width=8), tmp_path / "judge")
+    experiment, out = str(EXPERIMENTS / "imagenet64"), tmp_path / "run"
+    settings = [f"out={out}", "preset=debug", f"stages.grid.features={tmp_path / 'judge'}"]
+    judge, statistics = f"--features={tmp_path / 'judge'}", f"--out={tmp_path / 'a.npz'}"
+    assert main(["stats", experiment, "preset=debug", judge, statistics]) == 0
+    sizes = ["num_samples=24", "paired_noises=8", "chunk=8", "sampling_seeds=1", "weights=[0,1]", "keep_samples=false",
+             "workers=1", f"statistics={tmp_path / 'a.npz'}"]  # fmt: skip
+    grid = [f"stages.grid.{size}" for size in sizes]
+    assert main(["evaluate", experiment, "--grid", *settings, *grid]) == 0
+    results = json.loads((out / "grid" / "results.json").read_text())
+    assert results["reference"] == {"path": str(tmp_path / "a.npz"), "count": 1347}
+    assert {row["stage"] for row in results["rows"]} == {"teacher", "halve", "halve_stochastic"}
+    assert all(row["mean"]["fid_heldout"] > 0 for row in results["rows"])
+    names = {path.name for path in (out / "grid" / "cache").rglob("*.safetensors")}
+    assert names == {"0000000-0000008.safetensors"}
+    assert "FID to a.npz" in (out / "grid" / "table.md").read_text()
+
+
 def test_data_that_are_not_given_are_asked_for() -> None:
     """The first thing that anybody meets who runs an experiment of this size."""
     with pytest.raises(ConfigError, match=r"^data.files.path: must be given, data.files.path=\.\.\.$"):
@@ -131,7 +155,8 @@ def test_commands_of_the_pages_can_be_typed(name: str, line: str) -> None:
     words = shlex.split(line)[1:]
     args = _arguments(_parser(), words)
     if words[1].startswith("experiments/"):
-        config = compose(EXPERIMENTS.parent / words[1], [word for word in args.overrides if "=" in word], check=False)
+        read = compose_grid if getattr(args, "grid", False) else compose
+        config = read(EXPERIMENTS.parent / words[1], [word for word in args.overrides if "=" in word], check=False)
         assert config.name.startswith(name)
     if words[0] in ("measure", "sample", "export"):
         given = ["stages.teacher.path=nowhere"] if name in CHECKPOINTS else []

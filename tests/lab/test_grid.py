@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lab_configs import DIGITS
-from lab_gaussians import Student, exact, noise_and_labels, plan, samples
+from lab_gaussians import Student, exact, judge, noise_and_labels, plan, samples
+from rich.console import Console
 
 from fewstep.lab.compose import compose, compose_grid
-from fewstep.lab.config import AlignmentTarget, ConfigError, GridConfig, GridTarget, ReferenceConfig
+from fewstep.lab.config import AlignmentTarget, ConfigError, DataConfig, GridConfig, GridTarget, ReferenceConfig
+from fewstep.lab.context import Interrupted, never
 from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import grid as grids
-from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.plan import Students
 from fewstep.lab.evaluation.samples import Samples
-from fewstep.lab.metrics import Moments, frechet_distance
+from fewstep.lab.evaluation.scores import Scores
+from fewstep.lab.measuring import job
+from fewstep.lab.measuring.images import HeldOutImages
+from fewstep.lab.measuring.job import Extraction
+from fewstep.lab.metrics import Extractor, FewSamplesError, Moments, Statistics, frechet_distance
+from fewstep.lab.metrics.extractors import CLASSIFIER
+from fewstep.lab.progress import unheard
 from fewstep.lab.report import grid as report
 from fewstep.lab.sampling import own_sampler
+from fewstep.lab.stages import grid as stage
 from fewstep.schedules import Trained, seeded_noise
 
 STOCHASTIC = DIGITS.parent / "digits_stochastic"
@@ -51,16 +62,42 @@ def made(tmp_path: Path) -> Samples:
     return found
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    samples(tmp_path_factory.mktemp("judge"), plan())  # registers the judge
+class Judge(torch.nn.Module):
+    """Sees pixels, and classes by their mean; with a weight, since extractors are told apart by theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, logits = judge(images)
+        return features * self.one, logits
+
+
+def scores(root: Path, statistics: Path | None = None, samples: int = 60, few: bool = False) -> Scores:
     labels = torch.arange(90) % 3
     images = exact(seeded_noise(torch.arange(900, 990), (1, 2, 2)), labels, 0.0)
-    return Reference.of("gaussians", Data(Split(images, labels), Split(images.flip(0), labels.flip(0))), kid_subsets=1)
+    data = Data(Split(images, labels), Split(images.flip(0), labels.flip(0)))
+    heldout = Extraction(HeldOutImages(data, DataConfig(image_size=2)), "judge", str(root), 25, "cpu")
+    return Scores.of(heldout, statistics, samples, few, never)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _judge() -> Iterator[None]:
+    """Every extraction is by pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = Extractor(CLASSIFIER, Judge(), torch.device("cpu"), as_bytes=False)
+        patch.setattr(job, "load_extractor", lambda *_: own)
+        yield
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, reference: Reference) -> list[dict[str, Any]]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    return scores(tmp_path_factory.mktemp("scores"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory, reference: Scores) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids, "weights_of", lambda model: model.digest)
         return grids.measure(made(tmp_path_factory.mktemp("grid")), grid(), reference)
@@ -83,14 +120,14 @@ def test_every_place_is_measured_once(rows: list[dict[str, Any]]) -> None:
 
 
 def test_figures_are_means_over_independent_sets(
-    tmp_path: Path, rows: list[dict[str, Any]], reference: Reference
+    tmp_path: Path, rows: list[dict[str, Any]], reference: Scores
 ) -> None:
     """FID of each set recomputed from the known samples: one set counted thrice would have no deviation."""
     row, kept = the(rows, stage="halve", w=1.0, column=1), made(tmp_path)
     expected = []
     for noises in range(3):
         images = exact(*noise_and_labels(kept, 60, noises), 1.0) + 0.1
-        expected.append(frechet_distance(Moments.of(images.clamp(-1, 1).flatten(1)), reference.heldout.moments))
+        expected.append(frechet_distance(Moments.of(images.clamp(-1, 1).flatten(1)), reference.reference))
     assert [seed["fid_heldout"] for seed in row["seeds"]] == pytest.approx(expected, rel=1e-3)
     assert row["mean"]["fid_heldout"] == pytest.approx(statistics.fmean(expected), rel=1e-3)
     assert row["std"]["fid_heldout"] == pytest.approx(statistics.stdev(expected), rel=1e-2)
@@ -137,6 +174,84 @@ def test_targets_are_ratios_of_means(rows: list[dict[str, Any]]) -> None:
     assert list(grids.verdicts(rows, [GridTarget("fixed", "halve", 0.0, 1)])) == []
 
 
+def test_fid_is_held_against_statistics_that_were_asked_for(tmp_path: Path, reference: Scores) -> None:
+    """Statistics of other images give other figures, by their mean and covariance; of another size they are refused."""
+    pixels = torch.randn(80, 4, generator=torch.Generator().manual_seed(0)).double() / 8 + 0.3
+    mean, covariance = pixels.mean(0).numpy(), pixels.T.cov().numpy()
+    weights = reference.heldout.extractor.weights
+    found = Statistics(mean, covariance, CLASSIFIER, weights, 2, 80)
+    found.save(tmp_path / "theirs.npz")
+    kept, draw = made(tmp_path), grid().reference(1.0)
+    row = scores(tmp_path, tmp_path / "theirs.npz").measure(kept, draw, 60)
+    images = torch.cat(list(kept.batches(draw, 60))).clamp(-1, 1).flatten(1)
+    assert row["fid_heldout"] == pytest.approx(frechet_distance(Moments.of(images), found), rel=1e-6)
+    assert row["fid_heldout"] != pytest.approx(reference.measure(kept, draw, 60)["fid_heldout"], rel=0.1)
+    replace(found, resolution=64).save(tmp_path / "large.npz")
+    with pytest.raises(ValueError, match=r"large.npz: resolution=64: must be 2, that of the samples"):
+        scores(tmp_path, tmp_path / "large.npz")
+
+
+def test_fewer_samples_than_features_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
+    """Four features: of three samples a set FID means nothing, and that is known before a set is sampled."""
+    with pytest.raises(FewSamplesError, match="3 samples of each set, 4 features of classifier"):
+        scores(tmp_path, samples=3)
+    assert scores(tmp_path, samples=3, few=True).allow_few_samples
+    Statistics(np.zeros(2048), np.eye(2048), "classifier", count=50_000).save(tmp_path / "a.npz")
+    settings = ["preset=debug", f"stages.grid.features={tmp_path}", f"stages.grid.statistics={tmp_path / 'a.npz'}"]
+    with pytest.raises(ConfigError, match=r"grid.num_samples=40: must be of as many as features .*40 samples .* 2,048"):
+        compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=false"])
+    assert compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=true"])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_forgotten_samples_change_no_figure(tmp_path: Path, rows: list[dict[str, Any]], killed: bool) -> None:
+    """`keep_samples=false` holds one set at a time and the first chunks of the others, which paired errors need.
+
+    Killed after some sets and called again, it makes nothing twice.
+    """
+    kept, options = made(tmp_path), replace(OPTIONS, keep_samples=False, num_samples=60, paired_noises=20)
+    stopped = iter([False] * 40 + [True] if killed else [])
+    ctx: Any = SimpleNamespace(
+        stage=options, console=Console(quiet=True), config=SimpleNamespace(progress=False),
+        stopping=lambda: next(stopped, False), tell=unheard,
+    )  # fmt: skip
+    if killed:
+        with pytest.raises(Interrupted):
+            stage.make_sets(ctx, kept, scores(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    stage.make_sets(ctx, kept, scores(tmp_path))
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert {path.name for path in files} == {"0000000-0000025.safetensors"}
+    assert len(files) == len(kept.sizes)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.exists())
+    found = grids.measure(kept, replace(grid(), options=options), scores(tmp_path))
+    for one, other in zip(found, rows, strict=True):
+        assert one["mean"] == pytest.approx(other["mean"], rel=1e-9)
+
+
+def test_extractors_without_classes_have_no_score_to_draw(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """DINOv2 gives features alone: the table leaves IS and accuracy out, and FID is drawn against the paired error."""
+    bare = [{**row, "mean": {"fid_heldout": row["mean"]["fid_heldout"]}} for row in rows]
+    results = {**shown_results(bare), "features": "dinov2-vit-l-14 features",
+               "reference": {"path": "/data/imagenet64.npz", "count": 50_000}}  # fmt: skip
+    report.write_grid_report(results, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "**FID to imagenet64.npz**" in text
+    assert "against the statistics in imagenet64.npz of 50,000 images; dinov2-vit-l-14 features" in text
+    assert "inception score" not in text
+    assert "accuracy" not in text
+    labels = [axes.get_xlabel() for axes in report.pareto(results).axes]
+    assert "paired error (RMSE) (lower is better)" in labels
+
+
+def shown_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "features": "gaussians, not Inception", "data": {"heldout": 90}, "rows": rows,
+        "decoding_images_per_second": None,
+        "settings": {**vars(OPTIONS), "reference": vars(OPTIONS.reference)},
+    }  # fmt: skip
+
+
 def held(stage: str, kind: str, column: int | None, share: float, unseen: float = 0.5) -> dict[str, Any]:
     whole, rest = {"share": share}, {"share": unseen}
     return {"stage": stage, "kind": kind, "w": 2.0, "column": column, "alignment": {"all": whole},
@@ -167,11 +282,7 @@ def test_targets_of_captions_are_shares_or_points_below_the_teacher() -> None:
 
 def test_table_and_pictures_hold_every_figure(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     """The README's table is made by this: each cell stands in its row and column with its deviation."""
-    results = {
-        "features": "gaussians, not Inception", "data": {"heldout": 90}, "rows": rows,
-        "decoding_images_per_second": None,
-        "settings": {**vars(OPTIONS), "reference": vars(OPTIONS.reference)},
-    }  # fmt: skip
+    results = shown_results(rows)
     marked = the(rows, stage="halve", w=0.0, column=1)
     shown = [{**row, "same_as": 2 if row is marked else None} for row in rows]
     report.write_grid_report({**results, "rows": shown}, tmp_path)
@@ -201,8 +312,12 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
     assert (added.weights, added.reference, added.sampling_seeds) == ([0.0, 3.0], evaluate.reference, 2)
     assert "grid" not in compose(DIGITS, ["preset=debug"]).stages
     assert json.dumps(compose_grid(STOCHASTIC, ["preset=debug"]).stages["grid"].weights) == "[0.0, 1.0]"
-    with pytest.raises(ConfigError, match="no stage of kind grid, nor one of kind evaluate"):
-        compose_grid(DIGITS.parent / "digits_transfer", ["preset=debug"])
+    transfer = compose_grid(DIGITS.parent / "digits_transfer", ["preset=debug", "stages.grid.paired_noises=7"])
+    added = transfer.stages["grid"]
+    assert (added.needs, added.steps) == (["classifier", "teacher", "decoder"], transfer.stages["decoder"].steps)
+    assert added.paired_noises == 7
+    with pytest.raises(ConfigError, match="has no stage of kind grid, evaluate or halve"):
+        compose_grid(DIGITS.parent / "imagenet64_moments", ["preset=debug"])
 
 
 @pytest.mark.parametrize(
@@ -238,6 +353,15 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
         ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:8,below:0.1}]", "steps=8: must be one of 2, 1"),
         ("shapes_text", "stages.grid.alignment=[{stage:halve,w:2,steps:2,below:0.1}]", None),
         ("shapes_text", "stages.grid.truth_weights=[9]", "stages.grid.truth_weights=9.0: must be one of 0.0, 2.0"),
+        ("digits_stochastic", "stages.grid.features=inception", "stages.grid.features=inception: must be one of incep"),
+        (
+            "digits_stochastic",
+            "+stages.grid={features:inception-v3-compat,extractor_weights:/nowhere}",
+            "stages.grid.extractor_weights=/nowhere: must be a file with the weights of inception-v3-compat",
+        ),
+        ("digits_stochastic", "stages.grid.statistics=a.npz", "stages.grid.statistics=a.npz: must be left out without"),
+        ("digits_stochastic", "stages.grid.keep_samples=false", None),
+        ("shapes_text", "stages.grid.keep_samples=false", "keep_samples=False: must be true: captions are read back"),
         ("digits_transfer", "stages.invert.needs=[classifier,teacher,decoder]", "exactly one stage of kind halve"),
         ("digits_transfer", "stages.invert.steps=[8]", "stages.invert.steps=8: must be one of 4, 2"),
         ("digits_transfer", "stages.invert.weights=[5]", "stages.invert.weights=5.0: must be in [0, 1]"),

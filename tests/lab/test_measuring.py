@@ -238,7 +238,7 @@ def test_statistics_of_an_experiments_training_images() -> None:
 def test_statistics_are_of_images_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data that training mirrors at random has statistics too: no visit, so no seed to mirror by."""
     train = load_data(digits().data).train
-    monkeypatch.setattr(TrainingImages, "_split", replace(train, flips=True))
+    monkeypatch.setattr(TrainingImages, "split", replace(train, flips=True))
     assert torch.equal(open_images(str(DIGITS), ["preset=debug"]).read(5, 9), train.images[5:9])
 
 
@@ -259,7 +259,7 @@ def test_training_images_are_read_by_all_workers_at_once(monkeypatch: pytest.Mon
             said.append(("read", indices.tolist()))
             return train.images[indices], indices
 
-    monkeypatch.setattr(TrainingImages, "_split", replace(train, images=Files()))
+    monkeypatch.setattr(TrainingImages, "split", replace(train, images=Files()))
     assert torch.equal(open_images(str(DIGITS), ["preset=debug"]).read(5, 8), train.images[5:8])
     assert said == [(what, [i]) for what in ("expect", "read") for i in (5, 6, 7)]
 

@@ -24,6 +24,8 @@ def may_need(key: str, stage: StageConfig, config: Config, *kinds: str) -> Any:
 def few_samples(stage: Any, config: Config) -> tuple[str, int, int] | None:
     """(key, samples, features) where a measuring stage takes FID of fewer samples than its judge has features."""
     judges = [config.stages[need] for need in stage.needs if config.stages[need].kind == "classifier"]
+    if getattr(stage, "features", ""):
+        judges = []  # of published extractors, which the stage looks at before it samples
     counts = {f"stages.{stage.name}.num_samples": stage.num_samples, "data.heldout": config.data.heldout}
     if getattr(stage, "curve_samples", 0):
         counts[f"stages.{stage.name}.curve_samples"] = stage.curve_samples

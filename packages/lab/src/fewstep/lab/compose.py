@@ -14,10 +14,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fewstep.lab.config import STAGES, Config, ConfigError, StageConfig
+from fewstep.lab.config import STAGES, Config, ConfigError, HalveConfig, StageConfig
 from fewstep.lab.pretrained import anchor
 from fewstep.lab.sources import Source
 from fewstep.lab.validate import validate
+from fewstep.lab.validate_teachers import TEACHERS
 from fewstep.models import PRESETS
 
 _OPEN = re.compile(r"[\w.@]*\b(overrides\.|sbatch\.|(updates|weight)_at[.=]|stages\.\w+\.schedule[.=])")
@@ -51,30 +52,48 @@ def compose(experiment: str | Path, overrides: Sequence[str] = (), *, check: boo
         raise ConfigError(_one_line(error)) from error
 
 
-def compose_grid(experiment: str | Path, overrides: Sequence[str] = ()) -> Config:
+def compose_grid(experiment: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Config:
     """`compose` for an experiment that measures a grid of w x steps: with a stage `grid` if it has none of that kind.
 
     Such a stage takes what it needs, and how many samples, from the experiment's last stage of kind evaluate, and its w
-    from the curve there; `stages.grid.key=value` overrides it.
+    from the curve there; without one it measures the students of all stages of kind halve. `stages.grid.key=value`
+    overrides it.
 
     Raises:
-        ConfigError: as `compose`, or there is no stage of kind evaluate either.
+        ConfigError: as `compose`, or there are no students to measure.
     """
     try:
-        config = compose(experiment, overrides)
+        config = compose(experiment, overrides, check=check)
         if any(stage.kind == "grid" for stage in config.stages.values()):
             return config
     except ConfigError as error:
         if not str(error).startswith("stages.grid: unknown key"):
             raise
-    plain = compose(experiment, [override for override in overrides if not override.startswith("stages.grid.")])
+    others = [override for override in overrides if not override.startswith("stages.grid.")]
+    plain = compose(experiment, others, check=check)
     found = [name for name, stage in plain.stages.items() if stage.kind == "evaluate"]
-    if not found:
-        raise ConfigError(f"stages: {experiment} has no stage of kind grid, nor one of kind evaluate to make it of")
-    same = {key: key for key in ("needs", "num_samples", "paired_noises", "steps", "reference", "chunk")}
-    keys = {**same, "weights": "curve_weights"}
-    taken = [f"stages.grid.{key}=${{stages.{found[-1]}.{source}}}" for key, source in keys.items()]
-    return compose(experiment, ["+stage@stages.grid=grid", *taken, *overrides])
+    if found:
+        same = {key: key for key in ("needs", "num_samples", "paired_noises", "steps", "reference", "chunk")}
+        keys = {**same, "weights": "curve_weights"}
+        taken = [f"stages.grid.{key}=${{stages.{found[-1]}.{source}}}" for key, source in keys.items()]
+    else:
+        taken = _all_students(plain)
+    return compose(experiment, ["+stage@stages.grid=grid", *taken, *overrides], check=check)
+
+
+def _all_students(config: Config) -> list[str]:
+    """Overrides for a grid of every student of the experiment, by its own judge if it trains one."""
+    stages = config.stages
+    students = {
+        name: stage for name, stage in stages.items() if isinstance(stage, HalveConfig) and stage.students != "encoder"
+    }
+    if not students:
+        raise ConfigError(f"stages: {config.name} has no stage of kind grid, evaluate or halve: nothing to measure")
+    teachers = [name for name, stage in stages.items() if stage.kind in TEACHERS]
+    judges = [name for name, stage in stages.items() if stage.kind == "classifier"]
+    steps = sorted({n for stage in students.values() for n in stage.steps}, reverse=True)
+    needs = ",".join([*judges[:1], teachers[-1], *students])
+    return [f"stages.grid.needs=[{needs}]", f"stages.grid.steps={steps}"]
 
 
 def typed(composed: DictConfig, *, check: bool = True) -> Config:

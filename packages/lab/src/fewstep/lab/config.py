@@ -580,8 +580,11 @@ class GridConfig(StageConfig):
     sampling_seeds: independent sets of `num_samples` that a figure is the mean of; the paired error is of the first
     set's first `paired_noises`. weights: w, where the students know it (w = 0 is no guidance; Stable Diffusion's
     guidance scale is 1 + w). steps: those of the columns. reference: the teacher's sampler, of its column and of paired
-    errors. truth: a slower one, measured at `truth_weights` alone, and what captions are held against there. The rest
-    as in `EvaluateConfig`.
+    errors. truth: a slower one, measured at `truth_weights` alone, and what captions are held against there. features:
+    name of a published extractor (inception-v3-compat, ...) or folder of a classifier, with its weights in
+    `extractor_weights` (default: in torch's cache); without it, the classifier in `needs`. statistics: an .npz that FID
+    is held against in place of the held-out images (ours, ADM's, EDM's). keep_samples: false deletes the samples that
+    no paired error needs once their features are there. The rest as in `EvaluateConfig`.
     """
 
     kind: str = "grid"
@@ -599,6 +602,10 @@ class GridConfig(StageConfig):
     seed: int = 3
     targets: list[GridTarget] = field(default_factory=list)
     alignment: list[AlignmentTarget] = field(default_factory=list)  # of captioned shapes alone
+    features: str = ""
+    extractor_weights: str = ""
+    statistics: str = ""
+    keep_samples: bool = _free(True)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """What can be wrong with the stages that measure a grid of w x steps, and encoders."""
 
+from pathlib import Path
+
 from fewstep.lab.checks import check_samples, needs_one, one_of, positive, require
 from fewstep.lab.config import AlignmentTarget, Config, GridConfig, HalveConfig, InvertConfig, StageConfig
 from fewstep.lab.validate_teachers import TEACHERS
@@ -18,7 +20,7 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
         positive(f"{key}.{name}", sampler, "steps")
     for w in stage.truth_weights:
         one_of(f"{key}.truth_weights", w, stage.weights)
-    needs_one(key, stage, config, "classifier")
+    _check_features(key, stage, config)
     needs_one(key, stage, config, *TEACHERS)
     check_samples(stage, config)
     for need in stage.needs:
@@ -35,6 +37,33 @@ def check_grid(key: str, stage: GridConfig, config: Config) -> None:
             one_of(f"{key}.targets[{i}].steps", target.steps, known)
     for i, asked in enumerate(stage.alignment):
         _check_alignment(f"{key}.alignment[{i}]", asked, stage, config, students)
+
+
+def _check_features(key: str, stage: GridConfig, config: Config) -> None:
+    """Whose features FID is of, and what it is held against: files that are not there are found before any compute."""
+    unread = config.data.name == "captioned_shapes" and not stage.keep_samples
+    require(not unread, f"{key}.keep_samples", stage.keep_samples, "true: captions are read back from the samples")
+    if not stage.features:
+        needs_one(key, stage, config, "classifier")
+        for name in ("extractor_weights", "statistics"):
+            given = getattr(stage, name)
+            require(not given, f"{key}.{name}", given, f"left out without {key}.features, the name of an extractor")
+        return
+    from fewstep.lab.evaluation.scores import few
+    from fewstep.lab.metrics import Statistics
+    from fewstep.lab.metrics.extractors import find_extractor
+
+    weights = Path(stage.extractor_weights) if stage.extractor_weights else None
+    find_extractor(stage.features, weights, (f"{key}.features=", f"{key}.extractor_weights="))
+    if stage.statistics:
+        path = Path(stage.statistics)
+        require(path.is_file(), f"{key}.statistics", path, "an .npz of statistics (ours, ADM's, EDM's)")
+        found, side = Statistics.load(path), config.data.image_size
+        right = f"of images of {side} x {side}, as the experiment's"
+        require(found.resolution in (None, side), f"{key}.statistics", f"{path} of {found.resolution}", right)
+        lacking = few(stage.num_samples, found)
+        right = f"of as many as features at least ({path}: {lacking}); or set {key}.allow_few_samples=true"
+        require(lacking is None or stage.allow_few_samples, f"{key}.num_samples", stage.num_samples, right)
 
 
 def _check_alignment(

@@ -10,13 +10,14 @@ from typing import Any
 
 from fewstep.lab.config import AlignmentTarget, GridConfig, GridTarget
 from fewstep.lab.evaluation.alignment import SHARES, UNSEEN, alignment
-from fewstep.lab.evaluation.distances import Reference, describe
+from fewstep.lab.evaluation.distances import describe
 from fewstep.lab.evaluation.pairs import pair_row
 from fewstep.lab.evaluation.plan import BASELINES, PAIRED, Draw, Students, equal_calls
 from fewstep.lab.evaluation.rows import Row, select
 from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.evaluation.scores import Scores
 from fewstep.lab.evaluation.zoo import Model
-from fewstep.lab.metrics import Target, class_accuracy, inception_score
+from fewstep.lab.metrics import Target
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Grid:
         return found | {draw: self.composition for draw in unseen if draw is not None}
 
 
-def measure(samples: Samples, grid: Grid, reference: Reference) -> list[Row]:
+def measure(samples: Samples, grid: Grid, scores: Scores) -> list[Row]:
     """A row for each cell: what it is and costs, the mean and deviation over sets of noises, and the paired error."""
     same = {name: same_weights(samples.models, students) for students, _ in grid.students for name in [students.name]}
-    return [_row(samples, grid, cell, reference, same.get(cell.stage, {})) for cell in grid.cells()]
+    return [_row(samples, grid, cell, scores, same.get(cell.stage, {})) for cell in grid.cells()]
 
 
 def same_weights(models: Any, students: Students) -> dict[int, int]:
@@ -102,9 +103,9 @@ def weights_of(model: Model) -> str:
     return str(settings["sha256"])
 
 
-def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: dict[int, int]) -> Row:
+def _row(samples: Samples, grid: Grid, cell: Cell, scores: Scores, same: dict[int, int]) -> Row:
     options = grid.options
-    seeds = [_measured(samples, draw, options.num_samples, reference) for draw in cell.draws(options.sampling_seeds)]
+    seeds = [scores.measure(samples, draw, options.num_samples) for draw in cell.draws(options.sampling_seeds)]
     values = {name: [seed[name] for seed in seeds] for name in seeds[0]}
     unseen = cell.of_unseen if grid.composition else None
     aligned = {} if not grid.checked else {
@@ -123,16 +124,6 @@ def _row(samples: Samples, grid: Grid, cell: Cell, reference: Reference, same: d
         "std": {name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()},
         **pair_row(samples, cell.draw, grid.reference(cell.draw.w), options.paired_noises),
         **aligned,
-    }
-
-
-def _measured(samples: Samples, draw: Draw, count: int, reference: Reference) -> Row:
-    found, moments = samples.features(draw, count), samples.moments(draw, count)
-    classes = {} if samples.prompts else {"accuracy": class_accuracy(found.logits, samples.labels(count))}
-    return {
-        "fid_heldout": reference.fid(moments, reference.heldout.moments),
-        "is": inception_score(found.logits),
-        **classes,
     }
 
 

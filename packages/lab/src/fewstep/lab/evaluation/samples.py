@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from fewstep.models import Autoencoder
 class Samples:
     """Sets of samples by what they are (`Draw`); whatever is asked for twice is sampled once.
 
-    sizes: the sets and how many samples each has. judge: name of the registered feature extractor. Memory holds one
-    chunk of images and the features of every set. prompts: sets of them by name, for models that take
-    text. workers: processes that sample, see `fewstep.lab.workers`.
+    sizes: the sets and how many samples each has. judge: name of the registered feature extractor, "" where nobody asks
+    for `features`. Memory holds one chunk of images and the features of every set. prompts: sets of them by name, for
+    models that take text. workers: processes that sample, see `fewstep.lab.workers`.
     """
 
     sizes: Mapping[Draw, int]
@@ -44,7 +44,7 @@ class Samples:
     autoencoder: Autoencoder | None = None
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _features: dict[Draw, Features] = field(default_factory=dict)
-    _seconds: dict[Draw, float] = field(default_factory=dict)
+    _speed: dict[Draw, float] = field(default_factory=dict)
 
     def spec(self, draw: Draw) -> SampleSpec:
         """What determines the samples of this set besides the model."""
@@ -52,6 +52,11 @@ class Samples:
             draw.sampler, draw.steps, draw.w, self.seed, draw.noises, self.shape, self.classes, self.chunk,
             draw.noise_level, self.prompts.get(draw.prompts, ()),
         )  # fmt: skip
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images, also where models work on latents."""
+        return self.shape if self.autoencoder is None else self.autoencoder.image_shape
 
     def nfe(self, draw: Draw) -> int:
         """Network evaluations per image."""
@@ -67,7 +72,7 @@ class Samples:
         missing, made = [], 0
         with SamplingProgress(console, total, bar=bar) as shown:
             for draw, start, stop in self._chunks():
-                if self.cache.get(self._key(draw), start, stop) is None:
+                if self.cache.get(self.key(draw), start, stop) is None:
                     missing.append((draw, start, stop))
                 else:
                     shown.advance(draw.label, stop - start, self.nfe(draw), 0.0, cached=True)
@@ -87,6 +92,16 @@ class Samples:
             count -= len(shard.images)
             if count <= 0:
                 return
+
+    def read(self, draw: Draw, start: int, stop: int) -> Tensor:
+        """Samples start, ..., stop - 1, all of one chunk that is there or is made, as `batches` gives them."""
+        end = min(start + self.chunk, self.sizes[draw])
+        shard = self.cache.get(self.key(draw), start, end)
+        if shard is None:
+            _make_chunk(*self._job(draw, start, end))
+            shard = self.cache.get(self.key(draw), start, end)
+            assert shard is not None  # it was just written
+        return decode(self.autoencoder, shard.images[: stop - start])
 
     def features(self, draw: Draw, count: int) -> Features:
         """What the judge sees in samples 0, ..., count - 1."""
@@ -108,10 +123,23 @@ class Samples:
         return torch.cat([squared_errors(first, second) for first, second in pairs])
 
     def images_per_second(self, draw: Draw) -> float:
-        """Speed at which this set was sampled, in chunks of `chunk`."""
-        if draw not in self._seconds:
-            self._seconds[draw] = sum(shard.seconds for shard, _ in self._shards(draw))
-        return self.sizes[draw] / max(self._seconds[draw], 1e-9)
+        """Speed at which this set was sampled, in chunks of `chunk`; of those that were not forgotten."""
+        if draw not in self._speed:
+            found = [self.cache.get(self.key(draw), *each) for each in self.spec(draw).ranges(self.sizes[draw])]
+            there = [shard for shard in found if shard is not None]
+            seconds = sum(shard.seconds for shard in there)
+            self._speed[draw] = sum(len(shard.images) for shard in there) / max(seconds, 1e-9)
+        return self._speed[draw]
+
+    def first(self, draw: Draw, count: int) -> Samples:
+        """A set alone, of the chunks that hold its first `count` samples."""
+        return replace(self, sizes={draw: min(self.sizes[draw], -(-count // self.chunk) * self.chunk)})
+
+    def forget(self, draw: Draw, kept: int) -> None:
+        """Delete the chunks of a set that hold none of its first `kept` samples."""
+        for start, stop in self.spec(draw).ranges(self.sizes[draw]):
+            if start >= kept:
+                self.cache.path(self.key(draw), start, stop).unlink(missing_ok=True)
 
     def _chunks(self) -> Iterator[tuple[Draw, int, int]]:
         for draw, size in self.sizes.items():
@@ -120,7 +148,8 @@ class Samples:
     def _job(self, draw: Draw, start: int, stop: int) -> tuple[Model, SampleSpec, int, int, torch.device, ShardCache]:
         return self.models[draw.model], self.spec(draw), start, stop, self.device, self.cache
 
-    def _key(self, draw: Draw) -> dict[str, Any]:
+    def key(self, draw: Draw) -> dict[str, Any]:
+        """Everything that determines the samples of a set but their number."""
         return self.spec(draw).key(self.models[draw.model].digest, self.device)
 
     def _shards(self, draw: Draw) -> Iterator[tuple[Shard, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.lab.compose import compose
-from fewstep.lab.config import ConfigError
-from fewstep.lab.data import Split, load_data, pixels
+from fewstep.lab.config import ConfigError, DataConfig
+from fewstep.lab.data import Data, Split, load_data, pixels
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
 from fewstep.lab.image_folder import SUFFIXES
@@ -147,47 +148,86 @@ class TensorFiles:
         return torch.cat(parts)
 
 
+class DataImages(ABC):
+    """Images of a split, as networks see them."""
+
+    @property
+    @abstractmethod
+    def split(self) -> Split:
+        """The images with what they are of."""
+
+    @property
+    @abstractmethod
+    def config(self) -> DataConfig:
+        """Where they come from."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.split)
+
+    @property
+    def resolution(self) -> int:
+        """As the experiment has them."""
+        return self.config.image_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The data's part of the config."""
+        return {"data": repr(self.config)}
+
+    def prompts(self, start: int, stop: int) -> list[str]:
+        """Their captions, if they have any."""
+        return list((self.split.captions or ())[start:stop])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """By the data set's own order, none mirrored; of files every worker process reads its part at once."""
+        split = self.split
+        parts = [part for part in torch.arange(start, stop).tensor_split(max(1, split.ahead)) if len(part)]
+        for part in parts:
+            split.expect(part)
+        return torch.cat([pixels(split.images, part, torch.device("cpu"))[0] for part in parts])
+
+
 @dataclass(frozen=True)
-class TrainingImages:
-    """The training images of an experiment, as its networks see them."""
+class TrainingImages(DataImages):
+    """The training images of an experiment."""
 
     experiment: str
     overrides: tuple[str, ...] = ()
 
     @cached_property
-    def _config(self) -> Any:
+    def config(self) -> DataConfig:
+        """That of the experiment."""
         return compose(self.experiment, self.overrides).data
 
     @cached_property
-    def _split(self) -> Split:
-        return load_data(self._config).train
+    def split(self) -> Split:
+        """The training split."""
+        return load_data(self.config).train
+
+
+@dataclass(frozen=True)
+class HeldOutImages(DataImages):
+    """The held-out images of data at hand."""
+
+    data: Data
+    source: DataConfig
 
     @property
-    def count(self) -> int:
-        """How many there are."""
-        return len(self._split)
+    def config(self) -> DataConfig:
+        """As given."""
+        return self.source
 
     @property
-    def resolution(self) -> int:
-        """As the experiment has them."""
-        return int(self._config.image_size)
+    def split(self) -> Split:
+        """The held-out split."""
+        return self.data.heldout
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The data's part of the config."""
-        return {"data": repr(self._config)}
-
-    def prompts(self, start: int, stop: int) -> list[str]:
-        """Their captions, if they have any."""
-        return list((self._split.captions or ())[start:stop])
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """By the data set's own order, none mirrored; of files every worker process reads its part at once."""
-        split = self._split
-        parts = [part for part in torch.arange(start, stop).tensor_split(max(1, split.ahead)) if len(part)]
-        for part in parts:
-            split.expect(part)
-        return torch.cat([pixels(split.images, part, torch.device("cpu"))[0] for part in parts])
+        """The data's part of the config, and that these are not the training images."""
+        return {**super().identity, "split": "heldout"}
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,10 @@ class Extraction:
         console.print(_speed(made, seconds, time.perf_counter() - began), highlight=False)
         return True
 
+    def whole(self) -> bool:
+        """Whether nothing is missing."""
+        return all(self.cache.get(self.key, low, high) is not None for low, high in self.ranges())
+
     def shards(self) -> Iterator[tuple[int, FeatureShard]]:
         """(start, shard) of all in order; raises ConfigError for one that is missing or damaged."""
         for low, high in self.ranges():

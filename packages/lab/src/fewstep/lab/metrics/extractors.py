@@ -34,6 +34,7 @@ from .statistics import INCEPTION
 CLASSIFIER = "classifier"
 DINO_REPO, DINO_URL = "facebookresearch_dinov2_main", "https://dl.fbaipublicfiles.com/dinov2"
 NAMES = (INCEPTION, *CLIP, *DINO)
+OPTIONS = ("--features ", "--weights ")
 
 
 class Seen(NamedTuple):
@@ -78,17 +79,10 @@ def load_extractor(name: str, device: torch.device, weights: Path | None = None)
     Raises:
         ConfigError: unknown name, or weights that are not there or damaged; says where they are to lie.
     """
+    path = (found := find_extractor(name, weights)) and str(found)
     if name not in NAMES:
-        if not Path(name).is_dir():
-            known = ", ".join(NAMES)
-            raise ConfigError(f"--features {name}: must be one of {known}, or the folder of a classifier")
         return Extractor(CLASSIFIER, load_classifier(Path(name)).to(device), device, as_bytes=False)
-    if name in DINO:
-        _find_dino(name, weights)
-        layers, path = ["dinov2"], None
-    else:
-        layers = ["clip"] if name in CLIP else ["2048", "logits_unbiased"]
-        path = str(_find(name, weights))
+    layers = ["dinov2"] if name in DINO else ["clip"] if name in CLIP else ["2048", "logits_unbiased"]
     try:
         with _without_pickles():
             network = create_feature_extractor(
@@ -100,26 +94,44 @@ def load_extractor(name: str, device: torch.device, weights: Path | None = None)
     return Extractor(name, network.to(device), device, as_bytes=True)
 
 
-def _find(name: str, given: Path | None) -> Path:
+def find_extractor(name: str, weights: Path | None = None, options: tuple[str, str] = OPTIONS) -> Path | None:
+    """The file of its weights, or None where there is no single one; loads nothing.
+
+    options: what name and weights were given by, for messages.
+
+    Raises:
+        ConfigError: as `load_extractor`.
+    """
+    if name not in NAMES:
+        if not Path(name).is_dir():
+            raise ConfigError(f"{options[0]}{name}: must be one of {', '.join(NAMES)}, or the folder of a classifier")
+        return None
+    if name in DINO:
+        _find_dino(name, weights, options[1])
+        return None
+    return _find(name, weights, options[1])
+
+
+def _find(name: str, given: Path | None, option: str) -> Path:
     """The file of weights of Inception or CLIP; one in torch's cache must be what its name says."""
     if given is not None:
         if not given.is_file():
-            raise ConfigError(f"--weights {given}: must be a file with the weights of {name}")
+            raise ConfigError(f"{option}{given}: must be a file with the weights of {name}")
         return given
     url = URL_INCEPTION_V3 if name == INCEPTION else CLIP_URLS[name]
     file = Path(url).name if name == INCEPTION else f"{name}-{CLIP[name]['hash']}.pt"
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    _require(path, name, url, "or give it with --weights")
+    _require(path, name, url, f"or give it with {option.strip(' =')}")
     digest = Path(file).stem.split("-")[-1]
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
         raise ConfigError(f"{path}: must have the SHA-256 {digest}...: it is cut short or damaged; fetch {url} again")
     return path
 
 
-def _find_dino(name: str, given: Path | None) -> None:
+def _find_dino(name: str, given: Path | None, option: str) -> None:
     """Refuse what torch.hub would fetch: the repository with DINOv2's code, and the weights."""
     if given is not None:
-        raise ConfigError(f"--weights {given}: must be left out for {name}: torch.hub looks in {torch.hub.get_dir()}")
+        raise ConfigError(f"{option}{given}: must be left out for {name}: torch.hub looks in {torch.hub.get_dir()}")
     cache = Path(torch.hub.get_dir())
     _require(cache / DINO_REPO, name, "https://github.com/facebookresearch/dinov2", "its code, a clone")
     file = f"{DINO[name]}_pretrain.pth"

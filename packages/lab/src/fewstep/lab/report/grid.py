@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,18 @@ ALIGNMENT = (
 def measures(results: Results) -> tuple[Measured, ...]:
     """What these results measure: for prompts, whether they hold takes the place of class accuracy."""
     first = results["rows"][0]
-    if "alignment" not in first:
-        return tuple(m for m in MEASURES if m.key == "paired_error" or m.key in first["mean"])
-    fid, score, _, paired = MEASURES
-    there = [m for m in ALIGNMENT if (first["unseen"] if m.key == UNSEEN else m.key in first["alignment"])]
-    return (fid, score, *there, paired)
+    *scores, paired = (m for m in MEASURES if m.key == "paired_error" or m.key in first["mean"])
+    if against := _statistics(results):
+        scores = [replace(m, name=f"FID to {against}") if m.key == "fid_heldout" else m for m in scores]
+    aligned = ALIGNMENT if "alignment" in first else ()
+    there = [m for m in aligned if (first["unseen"] if m.key == UNSEEN else m.key in first["alignment"])]
+    return (*scores, *there, paired)
+
+
+def _statistics(results: Results) -> str | None:
+    """The file of statistics that FID is held against; None for held-out images."""
+    path = results.get("reference", {}).get("path")  # results of earlier versions do not say
+    return path and Path(path).name
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def note(results: Results) -> str:
     reference = settings["reference"]
     text = (
         f"Mean ± standard deviation over {settings['sampling_seeds']} sampling seeds, {settings['num_samples']:,} "
-        f"samples each, against the {results['data']['heldout']:,} held-out images; {results['features']}. *Paired "
+        f"samples each, against {_reference(results)}; {results['features']}. *Paired "
         f"error*: RMSE to the teacher's images by {reference['steps']} steps of {SAMPLER_NAMES[reference['sampler']]} "
         f"from the same {settings['paired_noises']:,} noises, pixels in [-1, 1] (stochastic students draw noise of "
         "their own, so theirs does not go to 0). Undistilled samplers on the guided teacher have as many network "
@@ -192,6 +199,15 @@ def note(results: Results) -> str:
             "reaches 0 already."
         )
     return text
+
+
+def _reference(results: Results) -> str:
+    """What FID is held against."""
+    file = _statistics(results)
+    if file is None:
+        return f"the {results['data']['heldout']:,} held-out images"
+    count = results["reference"]["count"]
+    return f"the statistics in {file}" + (f" of {count:,} images" if count else "")
 
 
 def heat_map(results: Results) -> Figure:
@@ -241,7 +257,9 @@ def _value(row: Row | None, measure: Measured) -> float:
 
 
 def pareto(results: Results) -> Figure:
-    """FID against IS or the captions that hold, one panel per line, one curve per number of steps, one point per w.
+    """FID against the captions that hold, IS, or (of extractors without classes) the paired error, a panel per line.
+
+    One curve per number of steps, one point per w.
 
     The teacher is in each.
     """
@@ -256,11 +274,11 @@ def pareto(results: Results) -> Figure:
     for axes in panels.flat[len(shown) :]:
         axes.set_visible(False)
     for row in panels:
-        row[0].set_ylabel("FID to held-out\n(lower is better)")
+        row[0].set_ylabel(f"{measures(results)[0].name}\n(lower is better)")
     for index in range(len(shown)):
         if index + columns >= len(shown):
-            across = "captions that hold" if _across(results["rows"][0]) == "all" else "inception score"
-            panels.flat[index].set_xlabel(f"{across} (higher is better)")
+            across = next(m for m in measures(results) if m.key == _across(results["rows"][0]))
+            panels.flat[index].set_xlabel(f"{across.name} ({'higher' if across.more else 'lower'} is better)")
             panels.flat[index].tick_params(labelbottom=True)
     entries = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
     figure.subplots_adjust(hspace=0.25, wspace=0.08)
@@ -289,8 +307,8 @@ def _points(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 
 def _across(row: Row) -> str:
-    """What FID is held against: whether prompts hold, or the inception score of data without captions."""
-    return "all" if "alignment" in row else "is"
+    """What FID is drawn against: whether prompts hold, the inception score, or the paired error."""
+    return "all" if "alignment" in row else "is" if "is" in row["mean"] else "paired_error"
 
 
 def _weights(results: Results) -> list[float]:

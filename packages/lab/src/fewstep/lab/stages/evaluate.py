@@ -78,14 +78,12 @@ def samples_of(
     prompts: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Samples:
     """Sets of samples of these sizes, seen by the judge that the run trained; prompts: sets of them by name."""
-    folder, *_ = ctx.inputs_of_kind("classifier").values()
-    classifier = load_classifier(folder / "model").to(ctx.device)
     config = ctx.config.data
     return Samples(
         sizes=sizes,
         models=models,
         cache=ShardCache(ctx.out / "cache"),
-        judge=register_judge("fewstep-judge", partial(_look, classifier, ctx.device)),
+        judge=_judge(ctx),
         shape=sample_shape(ctx.config),
         classes=tuple(range(config.num_classes)) if ctx.config.text is None else (),
         seed=ctx.stage.seed,
@@ -157,6 +155,14 @@ def students_of(ctx: StageContext, name: str, models: dict[str, Model]) -> Stude
     if trained is None or trained.w_range is None:
         raise ConfigError(f"{ctx.inputs[name]}: its students do not say for which w they were trained; train them anew")
     return Students(name, {n: f"{name}/steps_{n}" for n in steps}, trained.w_range, own_sampler(trained))
+
+
+def _judge(ctx: StageContext) -> str:
+    """The name by which torch-fidelity knows the classifier in `needs`; "" without one."""
+    for folder in ctx.inputs_of_kind("classifier").values():
+        classifier = load_classifier(folder / "model").to(ctx.device)
+        return register_judge("fewstep-judge", partial(_look, classifier, ctx.device))
+    return ""
 
 
 def _look(classifier: Classifier, device: torch.device, images: Tensor) -> tuple[Tensor, Tensor]:

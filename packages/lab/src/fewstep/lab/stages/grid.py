@@ -1,27 +1,32 @@
 """Measures every student over w x steps: `results.json`, `table.md`, `heat_map.png`, `pareto.png`.
 
-Samples are cached in `cache/` in shards, so a measurement that was killed goes on with the shard that it was at.
+Samples are cached in `cache/`, their features in `features/`, both in shards, so a measurement that was killed goes on
+with the shard that it was at.
 """
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from fewstep.lab.context import StageContext
 from fewstep.lab.data import Data, load_data
 from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.circumstances import stage_seconds
-from fewstep.lab.evaluation.distances import Reference
 from fewstep.lab.evaluation.grid import Grid, alignment_verdicts, measure, verdicts
+from fewstep.lab.evaluation.samples import Samples
+from fewstep.lab.evaluation.scores import Scores, accuracy, few, make
 from fewstep.lab.evaluation.timing import decoding_speed
 from fewstep.lab.evaluation.zoo import Model
+from fewstep.lab.measuring.images import HeldOutImages
+from fewstep.lab.measuring.job import Extraction
+from fewstep.lab.progress import SamplingProgress
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.evaluate import samples_of, students_of
 from fewstep.lab.stages.results import header, made_with, say_targets, tidy, write_results
 from fewstep.lab.validate_teachers import TEACHERS
-
-KID_SUBSETS = 1  # KID is not part of the grid
 
 
 def run(ctx: StageContext) -> None:
@@ -29,14 +34,16 @@ def run(ctx: StageContext) -> None:
     grid, models = grid_of(ctx)
     data = load_data(ctx.config.data)
     samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
-    samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
-    reference = Reference.of(samples.judge, data, KID_SUBSETS, ctx.stage.allow_few_samples)
+    scores = scores_of(ctx, data)
+    make_sets(ctx, samples, scores)
     with knowingly():
-        rows = measure(samples, grid, reference)
+        rows = measure(samples, grid, scores)
+    marked = few(ctx.stage.num_samples, scores.reference) if ctx.stage.features else None
     targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]
     results: dict[str, Any] = {
-        **header(ctx, **reference.sizes),
-        "judge": {"accuracy_heldout": reference.heldout.accuracy},
+        **header(ctx, train=len(data.train), heldout=len(data.heldout)),
+        "judge": {"accuracy_heldout": accuracy(scores.heldout, data.heldout.labels) if scores.own else None},
+        "reference": {"path": ctx.stage.statistics or None, "count": scores.reference.count},
         "rows": rows,
         "decoding_images_per_second": decoding_speed(samples),
         "networks": {name: model.size for name, model in models.items()},
@@ -44,11 +51,43 @@ def run(ctx: StageContext) -> None:
         "circumstances": made_with(ctx, samples.workers),
         "targets": [target.to_json() for target in targets],
     }
+    if marked is not None:
+        results["features"] += f", {marked}: FID means nothing"
     results = tidy(results)
     write_grid_report(results, ctx.out)
     write_results(ctx, results)
     say_targets(ctx, results)
     ctx.console.print(f"{ctx.stage.name}  {ctx.out / 'table.md'}", highlight=False)
+
+
+def scores_of(ctx: StageContext, data: Data) -> Scores:
+    """What the sets are held against, in the features of the extractor that was asked for or the run's classifier."""
+    stage = ctx.stage
+    features = stage.features or str(next(iter(ctx.inputs_of_kind("classifier").values())) / "model")
+    images, weights = HeldOutImages(data, ctx.config.data), stage.extractor_weights or None
+    heldout = Extraction(images, features, str(ctx.out), stage.chunk, str(ctx.device), weights)
+    statistics = Path(stage.statistics) if stage.statistics else None
+    return Scores.of(heldout, statistics, stage.num_samples, stage.allow_few_samples, ctx.stopping)
+
+
+def make_sets(ctx: StageContext, samples: Samples, scores: Scores) -> None:
+    """Every set and its features; samples that no paired error needs are forgotten set by set, if that is asked for."""
+    stage, keep = ctx.stage, ctx.stage.keep_samples
+    if keep:
+        samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
+    measured = [draw for draw in samples.sizes if draw.prompts != UNSEEN]
+    with SamplingProgress(ctx.console, len(measured) * stage.num_samples, bar=ctx.config.progress and keep) as shown:
+        for draw in measured:
+            work = scores.of_set(samples, draw, stage.num_samples)
+            if not keep:
+                missing = stage.paired_noises if work.whole() else samples.sizes[draw]
+                samples.first(draw, missing).make(ctx.console, ctx.config.progress, ctx.stopping)
+            began = time.perf_counter()
+            make(work, ctx.stopping)
+            if not keep:
+                samples.forget(draw, stage.paired_noises)
+                ctx.tell(shown.made, shown.total)
+            shown.advance(f"features of {draw.label}", stage.num_samples, 1, time.perf_counter() - began)
 
 
 def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fewstep.lab.checkpoint import write_text
@@ -17,9 +18,12 @@ from fewstep.lab.evaluation.circumstances import circumstances
 
 def features_of(stage: StageConfig, config: Config) -> str:
     """Whose features distances are measured in, and a mark where there are too few samples for as many features."""
-    judge = {"captioned_shapes": "shape", "image_folder_with_captions": "image"}.get(config.data.name, "digit")
     few = few_samples(stage, config) if hasattr(stage, "allow_few_samples") else None
     mark = "" if few is None else f", fewer samples ({few[1]}) than features ({few[2]}): FID means nothing"
+    published = getattr(stage, "features", "")
+    if published and not Path(published).is_dir():
+        return f"{published} features{mark}"
+    judge = {"captioned_shapes": "shape", "digits": "digit", "mnist": "digit"}.get(config.data.name, "image")
     return f"{judge}-classifier features, not Inception{mark}"
 
 
