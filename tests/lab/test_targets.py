@@ -52,7 +52,7 @@ def trainer(kind: str, out: Path, updates: int, stored: TargetStore | None, **ch
 def store(kind: str, root: Path, epochs: int = 1) -> TargetStore:
     """Targets of that many epochs, all made."""
     chosen, order = method(kind), Order(IMAGES, BATCH, SEED)
-    found = TargetStore(root, key_of(chosen, order), epochs * IMAGES, CHUNK)
+    found = TargetStore(root, key_of(chosen, order, split()), epochs * IMAGES, CHUNK)
     found.write_index()
     assert list(make(chosen, split(), order, found, slice(None), lambda: False))
     return found
@@ -119,7 +119,7 @@ def test_only_what_is_missing_is_made_and_damage_is_noticed(tmp_path: Path) -> N
     files[2].write_bytes(whole[2][:-10])
     chosen, order = method("guide"), Order(IMAGES, BATCH, SEED)
     with pytest.raises(ConfigError, match="2 of 4 files are missing"):
-        open_store(tmp_path, chosen, order)
+        open_store(tmp_path, chosen, order, split())
     assert stored.missing() == [(0, 7), (14, 21)]
     assert [count for count, _ in make(chosen, split(), order, stored, slice(None), lambda: False)] == [7, 7]
     torch.testing.assert_close(stored.read(torch.arange(7)), store("guide", tmp_path / "other").read(torch.arange(7)))
@@ -131,14 +131,16 @@ def test_only_what_is_missing_is_made_and_damage_is_noticed(tmp_path: Path) -> N
     assert stored.missing() == [(21, 24)]
 
 
-def test_another_teacher_or_batch_has_other_targets(tmp_path: Path) -> None:
-    # Broken: a student is trained on targets of a teacher that was trained anew since.
+def test_another_teacher_batch_or_data_have_other_targets(tmp_path: Path) -> None:
+    # Broken: a student is trained on targets of a teacher that was trained anew since, or of as many other images.
     store("guide", tmp_path)
     other = method("guide")
-    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED)) is not None
-    assert open_store(tmp_path, other, Order(IMAGES, 2 * BATCH, SEED)) is None
+    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), split()) is not None
+    assert open_store(tmp_path, other, Order(IMAGES, 2 * BATCH, SEED), split()) is None
+    others = replace(split(), images=split().images + 0.1)
+    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), others) is None
     next(other.teacher.parameters()).data.add_(1e-3)  # type: ignore[attr-defined]  # stage one has a teacher
-    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED)) is None
+    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), split()) is None
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def latent_mask(mask: Tensor, autoencoder: Autoencoder) -> Tensor:
     """
     found, size = tuple(mask.shape[-2:]), autoencoder.image_shape[1:]
     if found != size:
-        raise ConfigError(f"--mask: has {found} pixels, must have the images' {size}")
+        raise ConfigError(f"mask: has {found} pixels, must have the images' {size}")
     if not ((mask == 0) | (mask == 1)).all():
-        raise ConfigError("--mask: must be black and white, with nothing between")
+        raise ConfigError("mask: must be black and white, with nothing between")
     return F.max_pool2d(mask, autoencoder.factor)
 
 

@@ -27,12 +27,13 @@ from fewstep.lab.config import ConfigError
 from fewstep.lab.data import Order, Split
 from fewstep.lab.shards import Shard, ShardCache, read_shard
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
+KNOWN_BY = 16  # images
 
 
-def key_of(method: Method, order: Order) -> dict[str, Any]:
-    """Everything that the targets of a training depend on.
+def key_of(method: Method, order: Order, split: Split) -> dict[str, Any]:
+    """Everything that the targets of a training depend on; of the data, `KNOWN_BY` images stand for all.
 
     Raises:
         ConfigError: the method has no targets of a fixed teacher (moment matching's depend on the student).
@@ -44,12 +45,13 @@ def key_of(method: Method, order: Order) -> dict[str, Any]:
         "format": FORMAT,
         "method": type(method).__name__,
         "kind": getattr(method, "kind", None),
-        "teacher": _digest(teacher),
+        "teacher": _digest(teacher.state_dict()),
         "steps": getattr(method, "steps", None),
         "w_range": list(w_range) if (w_range := getattr(method, "w_range", None)) is not None else None,
         "seed": order.seed,
         "batch_size": order.batch_size,
         "images": order.count,
+        "data": _digest({"images": (first := split.first(KNOWN_BY)).images, "labels": first.labels}),
     }
 
 
@@ -119,13 +121,13 @@ def _read(path: Path) -> Tensor:
     return shard.images
 
 
-def open_store(root: Path, method: Method, order: Order) -> TargetStore | None:
+def open_store(root: Path, method: Method, order: Order, split: Split) -> TargetStore | None:
     """The store of a training's targets under `root`; None if there is none.
 
     Raises:
         ConfigError: there is one, but files of it are missing.
     """
-    key = key_of(method, order)
+    key = key_of(method, order, split)
     path = TargetStore(root, key, 0, 1).folder / INDEX
     if not path.is_file():
         return None
@@ -168,9 +170,9 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _digest(network: nn.Module) -> str:
+def _digest(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

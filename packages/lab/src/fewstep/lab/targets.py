@@ -89,7 +89,7 @@ class Work:
         method, seed = training_of(config, self.stage, console)
         split = split_for(config, config.stages[self.stage], method).to(device)
         order = Order(len(split), config.stages[self.stage].batch_size, seed)
-        store = TargetStore(Path(self.root), key_of(method, order), self.draws * len(split), self.chunk)
+        store = TargetStore(Path(self.root), key_of(method, order, split), self.draws * len(split), self.chunk)
         store.write_index()
         mine, began = slice(shard, None, shards), time.perf_counter()
         total = _targets(list(store.ranges())[mine])

@@ -9,7 +9,7 @@ from fewstep.distill import Method
 from fewstep.lab import distributed, record
 from fewstep.lab.config import ConfigError
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import Order
+from fewstep.lab.data import Order, Split
 from fewstep.lab.inpainting import split_for
 from fewstep.lab.latents import give_autoencoder
 from fewstep.lab.stored import TargetStore, open_store
@@ -57,7 +57,7 @@ def fit(
         console=ctx.console,
         stopping=ctx.stopping,
         fence=ctx.fence,
-        stored=_stored(ctx, method, Order(len(split), ctx.stage.batch_size, seed)),
+        stored=_stored(ctx, method, split, seed),
         bar=ctx.config.progress,
         tensorboard=ctx.config.tensorboard,
     )
@@ -65,13 +65,14 @@ def fit(
     trainer.finish()
 
 
-def _stored(ctx: StageContext, method: Method, order: Order) -> TargetStore | None:
+def _stored(ctx: StageContext, method: Method, split: Split, seed: int) -> TargetStore | None:
     """The targets that `targets=PATH` of the stage holds for this training, if it does."""
     if ctx.stage.targets is None:
         return None
-    store = open_store(Path(ctx.stage.targets), method, order)
+    order = Order(len(split), ctx.stage.batch_size, seed)
+    store = open_store(Path(ctx.stage.targets), method, order, split)
     if store is None:
-        text = f"{ctx.stage.name}: {ctx.stage.targets} holds no targets for this teacher, seed, batch size and w"
+        text = f"{ctx.stage.name}: {ctx.stage.targets} holds no targets for this teacher, data, seed, batch size and w"
         raise ConfigError(f"{text}; make them with `fewstep targets --stage {ctx.stage.name}`")
     return store
 
