@@ -56,6 +56,13 @@ def test_a_folder_with_captions(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert code == 1
     assert "image_folder_with_captions" in text
     assert "b.png (UnidentifiedImageError" in text
+    assert "left out" not in text
+    (tmp_path / "c.png").write_bytes(picture(2))
+    with (tmp_path / "captions.jsonl").open("a") as file:
+        file.write('{"file": "d.png", "text": "d"}\n')
+    text = said(capsys, "check", str(tmp_path))[1]
+    assert "images      2\n" in text
+    assert "left out    2\n            d.png (a caption without its image)\n            c.png (no caption)\n" in text
 
 
 def idx(values: np.ndarray) -> bytes:

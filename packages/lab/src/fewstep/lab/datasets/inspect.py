@@ -22,6 +22,7 @@ from fewstep.lab.image_folder import kinds, matched
 from fewstep.lab.workers import spread
 
 CHUNK = 1000  # images that a worker looks at before it reports
+CAPTIONED = "image_folder_with_captions"
 SHOWN = 5  # sizes, and classes, that are listed
 
 
@@ -29,7 +30,8 @@ SHOWN = 5  # sizes, and classes, that are listed
 class Findings:
     """Of which kind the data are (`data.name`), how many images of each class, and what looking at each image found.
 
-    sizes: (width, height) -> images; unreadable: names and reasons.
+    sizes: (width, height) -> images; unreadable: names and reasons; alone: files without a caption, and captions' files
+    that are not there, with which is which.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Findings:
     names: tuple[str, ...] | None = None
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """For a person to read; every unreadable file by name."""
@@ -52,6 +55,9 @@ class Findings:
             yield f"            and {len(self.counts) - SHOWN} more"
         yield f"unreadable  {len(self.unreadable)}"
         yield from (f"            {name}" for name in self.unreadable)
+        if self.alone:
+            yield f"left out    {len(self.alone)}"
+            yield from (f"            {name}" for name in self.alone)
 
 
 def inspect(root: Path, workers: int, progress: Callable[[int, int], None] = lambda done, count: None) -> Findings:
@@ -68,7 +74,7 @@ def inspect(root: Path, workers: int, progress: Callable[[int, int], None] = lam
     if published is not None:
         return _in_memory(published, root)
     kind, index = _index(root)
-    found = Findings(kind, index.counts, index.names)
+    found = Findings(kind, index.counts, index.names, alone=_alone(root) if kind == CAPTIONED else [])
     reader = Reader(index.places, 1, 3, "area")
     parts = np.array_split(np.arange(len(index.places)), max(1, len(index.places) // CHUNK))
     done = 0
@@ -114,7 +120,7 @@ def _in_memory(kind: str, root: Path) -> Findings:
 def _index(root: Path) -> tuple[str, Index]:
     """`data.name` and its samples."""
     if (root / FolderConfig.captions).is_file():
-        return "image_folder_with_captions", _captioned(FolderConfig(str(root)))
+        return CAPTIONED, _captioned(FolderConfig(str(root)))
     if not list(root.glob("*.tar")):
         return "image_folder", folder_index(root)
     try:
@@ -124,9 +130,15 @@ def _index(root: Path) -> tuple[str, Index]:
 
 
 def _captioned(folder: FolderConfig) -> Index:
-    """Of images that have a caption; what has no partner is what training warns of too."""
+    """Of images that have a caption."""
     paired, _, _ = matched(folder)
     names, count = kinds(paired), len(paired)
     files = np.array([os.fsencode(one.file) for one in paired])
     places = Places(folder.path, files, np.arange(count), np.zeros(count, np.int64), np.full(count, WHOLE))
     return Index(places, np.array([names.index(one.kind) for one in paired], np.int64), tuple(names))
+
+
+def _alone(root: Path) -> list[str]:
+    """What has no partner, which training leaves out too."""
+    _, missing, silent = matched(FolderConfig(str(root)))
+    return [f"{name} (a caption without its image)" for name in missing] + [f"{name} (no caption)" for name in silent]
