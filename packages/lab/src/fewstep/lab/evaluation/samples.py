@@ -10,15 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.lab.context import Interrupted
+from fewstep.lab.evaluation.chunks import Chunk, make_missing
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.latents import decode
 from fewstep.lab.metrics import Features, Moments, extract, squared_errors
-from fewstep.lab.progress import SamplingProgress, Tell, unheard
+from fewstep.lab.progress import Tell, unheard
 from fewstep.lab.sampling import SampleSpec, knowingly, nfe_of, sample_shards, timed_chunk
 from fewstep.lab.shards import Shard, ShardCache
-from fewstep.lab.workers import spread
 from fewstep.models import Autoencoder
 
 
@@ -68,22 +67,12 @@ class Samples:
         Raises:
             Interrupted: `stopping` said so; finished chunks are kept.
         """
-        total = sum(size * self.nfe(draw) for draw, size in self.sizes.items())
-        missing, made = [], 0
-        with SamplingProgress(console, total, bar=bar) as shown:
-            for draw, start, stop in self._chunks():
-                if self.cache.get(self.key(draw), start, stop) is None:
-                    missing.append((draw, start, stop))
-                else:
-                    shown.advance(draw.label, stop - start, self.nfe(draw), 0.0, cached=True)
-            tell(shown.made, total)
-            for i, seconds in spread(_make_chunk, [self._job(*chunk) for chunk in missing], self.workers, stopping):
-                draw, start, stop = missing[i]
-                shown.advance(draw.label, stop - start, self.nfe(draw), seconds)
-                tell(shown.made, total)
-                made += 1
-        if made < len(missing):
-            raise Interrupted(f"evaluate: stopped with {made} of {len(missing)} chunks sampled; they are kept")
+        chunks = [
+            Chunk(draw.label, self.nfe(draw), self.key(draw), start, stop, self._job(draw, start, stop))
+            for draw, size in self.sizes.items()
+            for start, stop in self.spec(draw).ranges(size)
+        ]
+        make_missing(chunks, _make_chunk, self.cache, self.workers, console, stopping, bar=bar, tell=tell)
 
     def batches(self, draw: Draw, count: int) -> Iterator[Tensor]:
         """Samples 0, ..., count - 1 in chunks (B, C, H, W), decoded where they are latents, not clamped."""
@@ -140,10 +129,6 @@ class Samples:
         for start, stop in self.spec(draw).ranges(self.sizes[draw]):
             if start >= kept:
                 self.cache.path(self.key(draw), start, stop).unlink(missing_ok=True)
-
-    def _chunks(self) -> Iterator[tuple[Draw, int, int]]:
-        for draw, size in self.sizes.items():
-            yield from ((draw, start, stop) for start, stop in self.spec(draw).ranges(size))
 
     def _job(self, draw: Draw, start: int, stop: int) -> tuple[Model, SampleSpec, int, int, torch.device, ShardCache]:
         return self.models[draw.model], self.spec(draw), start, stop, self.device, self.cache

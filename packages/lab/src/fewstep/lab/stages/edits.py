@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.lab.captioned import world_of
 from fewstep.lab.checkpoint import write_text
-from fewstep.lab.context import Interrupted, StageContext
+from fewstep.lab.context import StageContext
+from fewstep.lab.evaluation.chunks import Chunk, make_missing
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.edits import (
     EDIT,
@@ -35,14 +36,13 @@ from fewstep.lab.evaluation.edits import (
 from fewstep.lab.evaluation.rows import Row
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.pictures import write_png
-from fewstep.lab.progress import SamplingProgress
 from fewstep.lab.report.edits import markdown, picture
 from fewstep.lab.shapes import render
 from fewstep.lab.shards import ShardCache
 from fewstep.lab.stages.evaluate import students_of
 from fewstep.lab.stages.results import header, made_with, say_targets, tidy, write_results
 from fewstep.lab.validate_teachers import TEACHERS
-from fewstep.lab.workers import default_workers, spread
+from fewstep.lab.workers import default_workers
 
 
 class Answer(NamedTuple):
@@ -101,20 +101,15 @@ def _made(ctx: StageContext, questions: Questions, samplers: Samplers) -> dict[W
     stage, cache = ctx.stage, ShardCache(ctx.out / "cache")
     ways = {way: key_of(samplers.models[way.model], way, questions, stage.w) for way in samplers.ways(stage)}
     ranges = [(start, min(start + stage.chunk, stage.prompts)) for start in range(0, stage.prompts, stage.chunk)]
-    nfe = {way: about(way, samplers, stage.w)["nfe"] for way in ways}
-    missing, done = [], 0
-    with SamplingProgress(ctx.console, stage.prompts * sum(nfe.values()), bar=ctx.config.progress) as shown:
-        for way, start, stop in ((way, *ends) for way in ways for ends in ranges):
-            if cache.get(ways[way], start, stop) is None:
-                missing.append((samplers.models[way.model], way, questions, stage.w, start, stop, ways[way], cache))
-            else:
-                shown.advance(way.label, stop - start, nfe[way], 0.0, cached=True)
-        for i, seconds in spread(make_shard, missing, _workers(ctx), ctx.stopping):
-            _, way, _, _, start, stop, *_ = missing[i]
-            shown.advance(way.label, stop - start, nfe[way], seconds)
-            done += 1
-    if done < len(missing):
-        raise Interrupted(f"{stage.name}: stopped with {done} of {len(missing)} chunks made; they are kept")
+    chunks = [
+        Chunk(way.label, about(way, samplers, stage.w)["nfe"], key, start, stop,
+              (samplers.models[way.model], way, questions, stage.w, start, stop, key, cache))
+        for way, key in ways.items()
+        for start, stop in ranges
+    ]  # fmt: skip
+    make_missing(
+        chunks, make_shard, cache, _workers(ctx), ctx.console, ctx.stopping, bar=ctx.config.progress, tell=ctx.tell
+    )
     shards = {way: [cache.get(key, *ends) for ends in ranges] for way, key in ways.items()}
     return {way: torch.cat([shard.images for shard in found if shard is not None]) for way, found in shards.items()}
 
