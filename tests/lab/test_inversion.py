@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fewstep.lab.config import InvertConfig
 from fewstep.lab.context import Interrupted
-from fewstep.lab.data import Split
 from fewstep.lab.evaluation.inversion import DDIM, DISTILLED, Bridge, cross, measure, other_classes, verdicts
 from fewstep.schedules import Cosine, seeded_noise
 
@@ -39,8 +38,9 @@ PERFECT = Bridge(DISTILLED, 1, Encoder(0.05), Student(0.02), two_branches=False)
 
 
 def rows(*bridges: Bridge) -> list[dict[str, Any]]:
-    split = Split(exact(NOISE, LABELS, 0.0), LABELS)
-    return [row for row, _ in measure([*bridges], TRUTH, split, 3, lambda x: judge(x)[1], OPTIONS, lambda: False)]
+    x = exact(NOISE, LABELS, 0.0)
+    found = measure([*bridges], TRUTH, x, LABELS, 3, lambda images: judge(images)[1], OPTIONS, lambda: False)
+    return [row for row, _ in found]
 
 
 def test_the_truth_is_the_known_bridge() -> None:
@@ -109,6 +109,6 @@ def test_verdicts_are_ratios_to_ddim_at_equal_steps() -> None:
 
 def test_measuring_stops_when_asked_to() -> None:
     """512 steps of a large teacher take minutes: a cluster that asks to stop would kill it."""
-    split = Split(exact(NOISE, LABELS, 0.0), LABELS)
+    x = exact(NOISE, LABELS, 0.0)
     with pytest.raises(Interrupted):
-        list(measure([PERFECT], TRUTH, split, 3, lambda x: judge(x)[1], OPTIONS, lambda: True))
+        list(measure([PERFECT], TRUTH, x, LABELS, 3, lambda images: judge(images)[1], OPTIONS, lambda: True))

@@ -27,8 +27,8 @@ def check_captioned(config: DataConfig) -> None:
     if config.name == "image_folder_with_captions":
         return check_folder(config)
     shapes = _shapes(config)
-    for key, right in (("image_size", SIDE), ("channels", 3)):
-        require(getattr(config, key) == right, f"data.{key}", getattr(config, key), f"{right} for {config.name}")
+    for key, value in (("image_size", SIDE), ("channels", 3)):
+        require(getattr(config, key) == value, f"data.{key}", getattr(config, key), f"{value} for {config.name}")
     for name, known in (("shapes", SHAPES), ("colours", tuple(COLOURS)), ("sizes", tuple(RADII))):
         found = getattr(shapes, name)
         for value in found:

@@ -19,8 +19,13 @@ FLIP_STREAM = 5  # of a sample's seed; fewstep.distill draws from 1 to 3, masks 
 class Stored(Protocol):
     """Images that are not in memory: read from files when they are asked for."""
 
-    ahead: int  # batches that are worth announcing before they are asked for
-    unreadable: Sized  # images met so far that could not be read
+    @property
+    def ahead(self) -> int:
+        """Batches that are worth announcing before they are asked for."""
+
+    @property
+    def unreadable(self) -> Sized:
+        """Images met so far that could not be read."""
 
     def __len__(self) -> int: ...
 

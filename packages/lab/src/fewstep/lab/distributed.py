@@ -14,7 +14,7 @@ from fewstep.lab.config import ConfigError
 PATIENCE = timedelta(days=1)
 
 
-def start(device: torch.device, store: dist.Store | None = None) -> None:
+def start(device: torch.device, store: dist.Store | None = None) -> None:  # type: ignore[name-defined]  # as in a torch without it
     """Join the group that torchrun announces in the environment; nothing where there is none.
 
     store: where its processes meet, if not at torchrun's address.

@@ -149,8 +149,8 @@ def transfer_command(args: argparse.Namespace, console: Console) -> int:
     with misuse(console, args.strict), torch.inference_mode():
         own = as_condition(encoder, source, in_turn(args.from_prompt, 0, count), device)
         other = as_condition(decoder, target, in_turn(args.to_prompt, 0, count), device)
-        pair = (as_generator(with_guidance(each, w), autoencoder) for each in (encoder, decoder))
-        made = transfer(*pair, encode(autoencoder, given.images).to(device), steps, own, other, w)
+        back, forth = (as_generator(with_guidance(each, w), autoencoder) for each in (encoder, decoder))
+        made = transfer(back, forth, encode(autoencoder, given.images).to(device), steps, own, other, w)
     return _write(args, console, given, decode(autoencoder, made.float().cpu()), target)
 
 

@@ -38,8 +38,8 @@ class Ema:
             average, weights = self.average[name], _state(network)
             floats = [key for key, value in weights.items() if value.is_floating_point()]
             # One fused call for all tensors: a loop over hundreds of small ones costs more than the arithmetic.
-            here = ([local(tensors[key]) for key in floats] for tensors in (average, weights))
-            torch._foreach_lerp_(*here, 1 - decay)
+            old, new = ([local(tensors[key]) for key in floats] for tensors in (average, weights))
+            torch._foreach_lerp_(old, new, 1 - decay)
             for key in weights.keys() - set(floats):
                 average[key].copy_(weights[key])
 

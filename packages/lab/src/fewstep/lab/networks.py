@@ -40,9 +40,9 @@ def network_arguments(config: Config, network: NetworkConfig) -> dict[str, Any]:
     }  # fmt: skip
     channels, size, _ = sample_shape(config)
     sizes = {"image_size": size, "in_channels": channels, **known}
-    for key, size in sizes.items():
-        if network.overrides.get(key, size) != size:
-            raise ConfigError(f"network.overrides.{key}={network.overrides[key]}: {data.name} has {size}")
+    for key, value in sizes.items():
+        if network.overrides.get(key, value) != value:
+            raise ConfigError(f"network.overrides.{key}={network.overrides[key]}: {data.name} has {value}")
     return {"type": network.type, **presets[network.preset], **network.overrides, **sizes}
 
 

@@ -25,7 +25,12 @@ from fewstep.lab.validate import stage_order, untrained_weights
 
 
 def run_experiment(
-    config: Config, *, until: str | None = None, strict: bool = False, console: Console, store: dist.Store | None = None
+    config: Config,
+    *,
+    until: str | None = None,
+    strict: bool = False,
+    console: Console,
+    store: dist.Store | None = None,  # type: ignore[name-defined]  # as in a torch without it
 ) -> int:
     """Do the stages that are not done, up to and with `until`; returns the exit code, 128 + signal if interrupted.
 
@@ -50,7 +55,12 @@ def run_experiment(
 
 
 def run_stage(
-    config: Config, name: str, attempt: Attempt, stop: StopFlag, console: Console, store: dist.Store | None = None
+    config: Config,
+    name: str,
+    attempt: Attempt,
+    stop: StopFlag,
+    console: Console,
+    store: dist.Store | None = None,  # type: ignore[name-defined]  # as in a torch without it
 ) -> int:
     """Do one stage as a job of its own; returns the exit code, 128 + signal if interrupted.
 

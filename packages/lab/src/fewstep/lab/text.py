@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,9 @@ class TextSplit(Split):
 
     def to(self, device: torch.device) -> TextSplit:
         """The same on another device; the encoder is where its denoiser is."""
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        held = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: value.to(device) for name, value in held if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def new_encoder(config: TextConfig, captions: Sequence[str]) -> TextEncoder:

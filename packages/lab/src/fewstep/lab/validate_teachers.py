@@ -54,7 +54,7 @@ def _check_condition(key: str, stage: PretrainedConfig, found: NetworkDenoiser, 
         classes = found.network.num_classes
         has = "none" if classes is None else f"{classes} and that one"
         right = f"a model of {data.num_classes} classes and one more index, the last, for none; this one has {has}"
-        return require(classes == data.num_classes, key, stage.path, right)
+        return require(bool(classes == data.num_classes), key, stage.path, right)
     text = f"a model of {'classes' if config.text is None else 'text'}, as data={data.name} asks"
     require(found.takes_text == (config.text is not None), key, stage.path, text)
     if found.text_encoder is None:

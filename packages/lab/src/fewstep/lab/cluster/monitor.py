@@ -138,16 +138,16 @@ def look(out: Path) -> list[Part]:
         return _blamed(parts, needs)
     config = ledger.read_config(last)
     for each, stage in config.stages.items():
-        job, done = last.job(each), record.is_done(out / each)
+        mine, done = last.job(each), record.is_done(out / each)
         progress = progress_of(stage, out)
-        if job is None or done:
+        if mine is None or done:
             state = DONE if done else "not sent"
-            parts.append(Part(each, "" if job is None else job.id, state, progress=replace(progress, left=None)))
+            parts.append(Part(each, "" if mine is None else mine.id, state, progress=replace(progress, left=None)))
         elif last.kind == "local":
             at_it = any(part.state == RUNNING for part in parts)
-            parts.append(_local_part(last, job, progress, waits=at_it))
+            parts.append(_local_part(last, mine, progress, waits=at_it))
         else:
-            parts.append(_job_part(last, job, rows, progress))
+            parts.append(_job_part(last, mine, rows, progress))
     return _blamed(parts, {each: [PROBE, *stage.needs] for each, stage in config.stages.items()})
 
 

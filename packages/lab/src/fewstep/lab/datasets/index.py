@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,7 @@ def shard_index(root: Path, captions: bool) -> Index:
     return Index(places, table["labels"], None, _texts(root, table) if captions else None)
 
 
-Table = dict[str, NDArray[np.generic]]
+Table = dict[str, NDArray[Any]]
 
 
 def _scan(shards: list[Path]) -> Table:
@@ -144,7 +145,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                archive.members = []  # else it keeps them all
+                archive.members = []  # type: ignore[attr-defined]  # typeshed lacks it; without this it keeps them all
                 name = _NAME.match(member.name)
                 if name is None or not member.isreg():
                     continue

@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from fewstep.lab.config import ConfigError, FolderConfig
-from fewstep.lab.data import Split
 from fewstep.lab.datasets import cifar10, mnist
 from fewstep.lab.datasets.files import PUBLISHED
 from fewstep.lab.datasets.index import Index, NoCaptionsError, folder_index, shard_index
@@ -111,9 +110,9 @@ def _published(root: Path) -> str | None:
 
 def _in_memory(kind: str, root: Path) -> Findings:
     """Of a set that is read whole, its checksums tested."""
-    both = [Split(*pair) for pair in PUBLISHED[kind].load(root)]
-    labels = np.concatenate([split.labels.numpy() for split in both])
-    height, width = both[0].images.shape[2:]
+    both = PUBLISHED[kind].load(root)
+    labels = np.concatenate([labels.numpy() for _, labels in both])
+    height, width = both[0][0].shape[2:]
     return Findings(kind, np.bincount(labels).tolist(), sizes=Counter({(width, height): len(labels)}))
 
 

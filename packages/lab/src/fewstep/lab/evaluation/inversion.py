@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fewstep.lab.config import InvertConfig
 from fewstep.lab.context import Interrupted
-from fewstep.lab.data import Split
 from fewstep.lab.metrics import Target, class_accuracy
 from fewstep.samplers import ddim, encode
 from fewstep.schedules import Denoiser
@@ -75,7 +74,8 @@ def rmse(a: Tensor, b: Tensor) -> float:
 def measure(
     bridges: list[Bridge],
     truth: Bridge,
-    split: Split,
+    x: Tensor,
+    labels: Tensor,
     num_classes: int,
     judge: Callable[[Tensor], Tensor],
     options: InvertConfig,
@@ -89,7 +89,6 @@ def measure(
     Raises:
         Interrupted: `stopping` said so.
     """
-    x, labels = split.images, split.labels
     targets = other_classes(labels, num_classes)
     for w in options.weights:
         exact = cross(truth, x, labels, targets, w, options.chunk)

@@ -110,8 +110,8 @@ def measure_command(args: argparse.Namespace, console: Console) -> int:
 
         measurement.check()
         then = Collecting(measurement)
-        work, out = Extracting(measurement), Path(args.out)
-        return submit_shards(cluster, out, args.shards, work, console, command=args.words, then=then)
+        sharded, out = Extracting(measurement), Path(args.out)
+        return submit_shards(cluster, out, args.shards, sharded, console, command=args.words, then=then)
     measurement.check()
     for each in measurement.works():
         _make(each, console)

@@ -20,9 +20,9 @@ from torch import Tensor
 from fewstep.lab.compose import compose
 from fewstep.lab.config import ConfigError, DataConfig
 from fewstep.lab.data import Data, Split, load_data, pixels
+from fewstep.lab.datasets.resizing import SUFFIXES
 from fewstep.lab.distributed import pick_device
 from fewstep.lab.evaluation.zoo import Model, with_guidance
-from fewstep.lab.image_folder import SUFFIXES
 from fewstep.lab.inpainting import as_generator
 from fewstep.lab.latents import autoencoder_of, decode
 from fewstep.lab.sampling import SampleSpec, in_turn, knowingly, timed_chunk
@@ -329,7 +329,7 @@ def _part(path: Path, low: int, high: int) -> Tensor:
     """Images low, ..., high - 1 of a file."""
     with safe_open(path, framework="pt") as file:
         if "sha256" not in (file.metadata() or {}):
-            return file.get_slice("images")[low:high]  # type: ignore[no-any-return]  # safetensors is not typed
+            return file.get_slice("images")[low:high]
     shard = read_shard(path)
     if shard is None:
         raise ConfigError(f"{path}: damaged: delete it and run the command that makes it again")

@@ -54,7 +54,7 @@ class Extraction:
     @cached_property
     def extractor(self) -> Extractor:
         """The network."""
-        return load_extractor(self.features, pick_device(self.device), self.weights and Path(self.weights))
+        return load_extractor(self.features, pick_device(self.device), Path(self.weights) if self.weights else None)
 
     @cached_property
     def score(self) -> ClipScore | None:

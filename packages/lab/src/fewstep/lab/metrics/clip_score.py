@@ -33,7 +33,7 @@ class ClipScore:
             ImportError: `transformers` is not installed.
         """
         try:
-            from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+            from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast  # type: ignore[attr-defined]  # made as it is asked for
         except ImportError as error:
             raise ImportError("the CLIP score needs transformers: pip install 'fewstep-lab[clip]'") from error
         try:

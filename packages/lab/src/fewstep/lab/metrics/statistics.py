@@ -41,7 +41,7 @@ class Statistics:
     def save(self, path: Path) -> None:
         """Write an `.npz` of `mu`, `sigma` (which others read too), `features` and what else is known, atomically."""
         known = {"weights": self.weights, "resolution": self.resolution, "count": self.count}
-        arrays = {name: np.array(value) for name, value in known.items() if value is not None}
+        arrays: dict[str, Any] = {name: np.array(value) for name, value in known.items() if value is not None}
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial.npz")
         try:
             np.savez(partial, mu=self.mean, sigma=self.covariance, features=np.array(self.features), **arrays)

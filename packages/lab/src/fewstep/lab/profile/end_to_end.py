@@ -105,7 +105,7 @@ def training_step(s: Subject, compiled: bool) -> Job:
         batch = method.draw(images, labels, seeds, 0)
         with s.precision():
             loss, _ = method.loss(batch, 0)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -177,7 +177,7 @@ def _without_gradient(s: Subject, job: Job) -> Job:
 
 def captured(job: Job) -> Job:
     """The same work as one CUDA graph: replayed without any host in between; its result stays in one place."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # nor for this
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):

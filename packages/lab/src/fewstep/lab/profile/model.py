@@ -165,7 +165,7 @@ def marked() -> Iterator[None]:
     def enter(module: nn.Module, *_: Any) -> None:
         if (kind := kind_of_module(module)) is not None:
             stack.append(record_function(MARK + kind))
-            stack[-1].__enter__()  # type: ignore[no-untyped-call]  # torch has no types for it
+            stack[-1].__enter__()
 
     def leave(module: nn.Module, *_: Any) -> None:
         if kind_of_module(module) is not None:

@@ -48,7 +48,8 @@ def results_table(group: Sequence[Measured]) -> Table:
     """A row for every set of samples, with KID if any has one; the lowest FID of a measurement in bold on the page."""
     kid = ["KID"] if any(point.kid is not None for one in group for point in one.points) else []
     header = ("run", "sampler", "steps", "NFE", "w", "FID", *kid, "IS", "per image", "samples")
-    rows, groups, marks = [], set(), {}
+    rows: list[list[str]] = []
+    groups, marks = set[int](), dict[tuple[int, int], str]()
     for one in group:
         groups.add(len(rows))
         known = [point.fid for point in one.points if point.fid is not None]

@@ -98,7 +98,7 @@ def sample_scenes(world: World, seed: int, part: int, indices: Tensor) -> list[S
     found = zip(kind.tolist(), size.tolist(), radius.tolist(), chosen.tolist(), count.tolist(), strict=True)
     return [
         tuple(
-            Thing(world.kinds[k[i]][1], world.kinds[k[i]][0], world.sizes[s[i]], *xy[i], r[i])  # colour, shape
+            Thing(world.kinds[k[i]][1], world.kinds[k[i]][0], world.sizes[s[i]], xy[i][0], xy[i][1], r[i])
             for i in range(n)
         )
         for k, s, r, xy, n in found

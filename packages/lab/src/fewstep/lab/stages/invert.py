@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.lab.checkpoint import write_text
 from fewstep.lab.classifier import load_classifier
 from fewstep.lab.context import StageContext
-from fewstep.lab.data import load_data
+from fewstep.lab.data import load_data, pixels
 from fewstep.lab.evaluation.circumstances import circumstances, stage_seconds
 from fewstep.lab.evaluation.inversion import DDIM, DISTILLED, Bridge, measure, verdicts
 from fewstep.lab.evaluation.zoo import Model
@@ -26,11 +26,13 @@ from fewstep.lab.validate_teachers import TEACHERS
 def run(ctx: StageContext) -> None:
     """Encode, decode, measure, write."""
     stage = ctx.stage
-    split = load_data(ctx.config.data).heldout.first(stage.images).to(ctx.device)
+    heldout = load_data(ctx.config.data).heldout
+    x, taken = pixels(heldout.images, torch.arange(stage.images), ctx.device)
+    labels = heldout.labels.to(ctx.device)[taken]
     truth, *bridges = _bridges(ctx)
     rows, shown = [], []
     with knowingly():
-        found = measure(bridges, truth, split, ctx.config.data.num_classes, _judge(ctx), stage, ctx.stopping)
+        found = measure(bridges, truth, x, labels, ctx.config.data.num_classes, _judge(ctx), stage, ctx.stopping)
         for row, made in found:
             rows.append(row)
             if row["w"] == stage.weights[-1]:
@@ -43,7 +45,7 @@ def run(ctx: StageContext) -> None:
         "targets": [target.to_json() for target in verdicts(rows, stage)],
     }
     results = tidy(results)
-    write_png(ctx.out / "transfer.png", picture(split.images.cpu(), shown))
+    write_png(ctx.out / "transfer.png", picture(x.cpu(), shown))
     write_text(ctx.out / "table.md", markdown(results))
     write_results(ctx, results)
     say_targets(ctx, results)
