@@ -23,8 +23,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to install; "auto" shows this text once and goes on with Triton."""
     assert build.absence() is None                                # the dev group has all of it
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pybind11" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail("looked for again: 100 us of a dispatch"))
+    assert build.absence("attention") is None
+    monkeypatch.setattr(build, "_is_installed", lambda name: name != "pybind11")
     assert build.absence() == "pybind11 not installed: pip install 'fewstep-kernels[cuda]'"
     monkeypatch.setattr(build, "nvcc", lambda: None)
     assert str(build.absence()).startswith("nvcc was not found: install a CUDA toolkit or nvidia-cuda-nvcc")

@@ -57,8 +57,14 @@ def absence(operation: str | None = None) -> str | None:
         return _failures[operation]
     if nvcc() is None:
         return "nvcc was not found: install a CUDA toolkit or nvidia-cuda-nvcc, or set CUDA_HOME"
-    missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("ninja", "pybind11") if not _is_installed(name)]
     return f"{' and '.join(missing)} not installed: pip install 'fewstep-kernels[cuda]'" if missing else None
+
+
+@functools.cache
+def _is_installed(name: str) -> bool:
+    """Return whether a module can be imported; looked for once, since every dispatch to these kernels asks."""
+    return importlib.util.find_spec(name) is not None
 
 
 def cache_folder() -> Path:
