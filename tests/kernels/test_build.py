@@ -111,8 +111,14 @@ def test_the_command_line_wants_a_gpu_or_names(
     assert "no GPU is here: name architectures, or --all" in capsys.readouterr().err
     asked = []
     monkeypatch.setattr(build, "build", lambda wanted, targets: asked.append(targets) or [cache / "module.so"])
-    for arguments, targets in ((["--all"], build.ARCHITECTURES), (["sm_80", "sm_90"], ("sm_80", "sm_90"))):
+    for arguments, targets in ((["--all"], [build.ARCHITECTURES]), (["sm_80", "sm_90"], [("sm_80",), ("sm_90",)])):
+        asked.clear()
         monkeypatch.setattr(sys, "argv", ["build", *arguments])
         build.main()
-        assert asked[-1] == targets
+        assert asked == targets                                   # together in one module, `load` would not find them
     assert str(cache / "module.so") in capsys.readouterr().out
+    for name in ("sm90", "sm_90a"):
+        monkeypatch.setattr(sys, "argv", ["build", name])
+        with pytest.raises(SystemExit):
+            build.main()
+        assert f"architecture '{name}': must be like sm_80" in capsys.readouterr().err

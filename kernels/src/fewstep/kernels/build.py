@@ -1,7 +1,7 @@
 """CUDA kernels compiled by nvcc and loaded: at first use for the GPU that is there, or ahead for all.
 
     python -m fewstep.kernels.build --all          # sm_80, 89, 90, 90a and 100
-    python -m fewstep.kernels.build sm_90          # one architecture
+    python -m fewstep.kernels.build sm_80 sm_90    # some architectures
 
 An operation that has CUDA kernels has in its folder `kernel.cu` (torch-free, extern "C", written for cuda/simt.h),
 perhaps further `*.cu`, `kernel.h` with what these export, and `bindings.cpp`, a pybind11 module called
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -220,9 +221,16 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.all and not chosen.architectures and not torch.cuda.is_available():
         parser.error("no GPU is here: name architectures, or --all")
-    targets = ARCHITECTURES if chosen.all else tuple(chosen.architectures) or present_architecture()
-    for path in build(list(operations()), targets):
-        print(path)
+    unknown = [name for name in chosen.architectures if not re.fullmatch(r"sm_\d+", name)]
+    if unknown:
+        parser.error(f"architecture {unknown[0]!r}: must be like sm_80; sm_90 brings what needs sm_90a")
+    named = [(name,) for name in chosen.architectures]                   # a module for each: `load` looks for these
+    for targets in [ARCHITECTURES] if chosen.all else named or [present_architecture()]:
+        try:
+            paths = build(list(operations()), targets)
+        except RuntimeError as error:
+            sys.exit(str(error))
+        print(*paths, sep="\n")
 
 
 if __name__ == "__main__":
