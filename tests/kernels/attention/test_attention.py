@@ -191,5 +191,17 @@ def test_bad_lengths_and_heads_are_named() -> None:
             attention(q, q, q, key_lengths=lengths)
     with pytest.raises(ValueError, match=r"heads=5: 3 heads must divide the channels of qkv \(2, 4, 24\)"):
         attention_qkv(torch.zeros(2, 4, 24), 5)
+    with pytest.raises(ValueError, match=r"heads=1: 3 heads must divide the channels of qkv \(2, 4, 0\)"):
+        attention_qkv(torch.zeros(2, 4, 0), 1)
     with pytest.raises(ValueError, match=r"qkv \(4, 24\) must be"):
         attention_qkv(torch.zeros(4, 24), 2)
+
+
+@pytest.mark.parametrize("size", [(0, 4, 24), (0, 24, 3, 3), (2, 0, 24)])
+def test_an_empty_packed_projection_is_an_empty_result(size: tuple[int, ...]) -> None:
+    """The last, short batch of a rank may hold nothing."""
+    qkv = torch.zeros(size)
+    result, lse = attention_qkv(qkv, 2, return_lse=True)
+    pixels = size[1] if len(size) == 3 else size[2] * size[3]
+    assert result.shape == (size[0], pixels, 8)
+    assert lse.shape == (size[0], 2, pixels)

@@ -156,8 +156,9 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name() -> None:
     for args, options, reason in cases:
         with use_backend("triton"), pytest.raises(ValueError, match=rf"cannot run .*{reason}.*; use \"reference\""):
             attention(*args, **options)
-    with use_backend("triton"), pytest.raises(ValueError, match="head dimension 24"):
-        attention_qkv(torch.randn(2, 4, 144), 2)
+    for qkv, reason in ((torch.randn(2, 4, 144), "head dimension 24"), (torch.randn(0, 4, 96), "an empty tensor")):
+        with use_backend("triton"), pytest.raises(ValueError, match=reason):
+            attention_qkv(qkv, 2)
     with pytest.raises(ValueError, match="key_lengths on meta must be on the device of the queries, cpu"):
         attention(q, q, q, key_lengths=torch.ones(2, dtype=torch.int64, device="meta"))
 

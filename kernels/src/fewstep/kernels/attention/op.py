@@ -104,7 +104,7 @@ def attention_qkv(qkv: Tensor, heads: int, scale: float | None = None, *, key_le
     if qkv.ndim not in (3, 4):
         raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, L, 3 H D) or (B, 3 H D, height, width)")
     packed = qkv.permute(0, 2, 3, 1).flatten(1, 2).contiguous() if qkv.ndim == 4 else qkv
-    if heads < 1 or packed.shape[-1] % (3 * heads):
+    if heads < 1 or packed.shape[-1] % (3 * heads) or not packed.shape[-1]:
         raise ValueError(f"heads={heads}: 3 heads must divide the channels of qkv {tuple(qkv.shape)}")
     (packed,) = _cast(packed)
     _check_lengths(key_lengths, packed, packed.shape[1])
