@@ -15,6 +15,8 @@ from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.cli import _arguments, _parser, main
 from fewstep.lab.compose import compose, compose_grid
 from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.metrics import Statistics
+from fewstep.lab.report import read_runs
 from fewstep.lab.sampling import SAMPLERS, own_sampler
 from fewstep.lab.validate import stage_order
 from fewstep.models import load
@@ -114,7 +116,10 @@ def test_a_grid_is_measured_by_any_extractor(tmp_path: Path) -> None:
     grid = [f"stages.grid.{size}" for size in sizes]
     assert main(["evaluate", experiment, "--grid", *settings, *grid]) == 0
     results = json.loads((out / "grid" / "results.json").read_text())
-    assert results["reference"] == {"path": str(tmp_path / "a.npz"), "count": 1347}
+    digest = Statistics.load(tmp_path / "a.npz").digest
+    assert results["reference"] == {"path": str(tmp_path / "a.npz"), "count": 1347, "resolution": 8, "digest": digest}
+    (shown,) = read_runs([out])
+    assert f"against 1,347 images of 8 x 8, a.npz ({digest[:10]})" in shown.family
     assert {row["stage"] for row in results["rows"]} == {"teacher", "halve", "halve_stochastic"}
     assert all(row["mean"]["fid_heldout"] > 0 for row in results["rows"])
     names = {path.name for path in (out / "grid" / "cache").rglob("*.safetensors")}

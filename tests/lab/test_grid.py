@@ -193,12 +193,12 @@ def test_fid_is_held_against_statistics_that_were_asked_for(tmp_path: Path, refe
 
 def test_fewer_samples_than_features_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
     """Four features: of three samples a set FID means nothing, and that is known before a set is sampled."""
-    with pytest.raises(FewSamplesError, match="3 samples of each set, 4 features of classifier"):
+    with pytest.raises(FewSamplesError, match=r"fewer samples \(3\) than features \(4\) of classifier"):
         scores(tmp_path, samples=3)
     assert scores(tmp_path, samples=3, few=True).allow_few_samples
     Statistics(np.zeros(2048), np.eye(2048), "classifier", count=50_000).save(tmp_path / "a.npz")
     settings = ["preset=debug", f"stages.grid.features={tmp_path}", f"stages.grid.statistics={tmp_path / 'a.npz'}"]
-    with pytest.raises(ConfigError, match=r"grid.num_samples=40: must be of as many as features .*40 samples .* 2,048"):
+    with pytest.raises(ConfigError, match=r"num_samples=40: must be of as many as features .*samples \(40\) .* \(2,048\)"):
         compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=false"])
     assert compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=true"])
 

@@ -16,6 +16,7 @@ from fewstep.lab.checkpoint import write_tensors
 from fewstep.lab.cli import main
 from fewstep.lab.config import ConfigError
 from fewstep.lab.evaluation import FORMAT
+from fewstep.lab.evaluation.scores import few
 from fewstep.lab.report.runs import curves, families, read_runs
 from fewstep.lab.report.runs_page import best, cost, over_w, results_table, same_noise, samples
 from fewstep.lab.report.tables import Table
@@ -120,6 +121,22 @@ def test_other_features_stand_apart_and_few_samples_are_marked(runs: Path) -> No
     shown = results_table([refused])
     cells = dict(zip(shown.header, shown.rows[0], strict=True))
     assert (cells["FID"], cells["KID"], cells["IS"]) == ("–†", "0.0123", "9.10")
+
+
+def test_grids_against_statistics_stand_with_what_was_measured_against_the_same(runs: Path) -> None:
+    """Of a grid in Inception's features against a file, a table with held-out images in its title misleads."""
+    theirs = measurement()
+    row = {**results()["rows"][0], "mean": {"fid_heldout": 4.5}}  # no score: DINOv2 knows no classes
+    row = {name: value for name, value in row.items() if name not in ("fid_heldout", "is")}
+    lacking = few(40, 2048, 50_000)
+    found = {**results(), "teacher": [], "curve": [], "rows": [row], "reference": theirs["reference"],
+             "features": f"inception-v3-compat features, {lacking}: FID means nothing",
+             "extractor": {"name": "inception-v3-compat", "weights": theirs["weights"]}}  # fmt: skip
+    (runs / "first" / "evaluate" / "results.json").write_text(json.dumps(found))
+    grid, measured, other = read_runs([runs / "first", runs / "measured", runs / "second"])
+    assert grid.family == measured.family != other.family
+    assert [(point.fid, point.score) for point in grid.points] == [(4.5, None)]
+    assert grid.points[0].few == "fewer samples (40) than features (2,048): FID means nothing"
 
 
 def test_curves_take_the_w_of_the_lowest_fid_by_cost(runs: Path) -> None:

@@ -61,7 +61,7 @@ def _check_features(key: str, stage: GridConfig, config: Config) -> None:
         found, side = Statistics.load(path), config.data.image_size
         right = f"of images of {side} x {side}, as the experiment's"
         require(found.resolution in (None, side), f"{key}.statistics", f"{path} of {found.resolution}", right)
-        lacking = few(stage.num_samples, found)
+        lacking = few(stage.num_samples, len(found.mean), found.count)
         right = f"of as many as features at least ({path}: {lacking}); or set {key}.allow_few_samples=true"
         require(lacking is None or stage.allow_few_samples, f"{key}.num_samples", stage.num_samples, right)
 

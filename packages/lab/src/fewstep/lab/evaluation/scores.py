@@ -78,10 +78,10 @@ class Scores:
         else:
             reference = found = Statistics.load(statistics)
             found.refuse_other(statistics, extractor.name, extractor.weights, heldout.images.resolution)
-        found_few = few(samples, reference)
-        if found_few is not None and not allow_few_samples:
+        lacking = few(samples, len(reference.mean), reference.count)
+        if lacking is not None and not allow_few_samples:
             raise FewSamplesError(
-                f"{found_few} of {extractor.name}: FID must be of as many at least; or set allow_few_samples=true, "
+                f"{lacking} of {extractor.name}: FID must be of as many at least; or set allow_few_samples=true, "
                 "which is marked in every table"
             )
         return cls(heldout, reference, allow_few_samples)
@@ -108,11 +108,13 @@ class Scores:
         return row
 
 
-def few(samples: int, reference: Gaussian) -> str | None:
-    """What is fewer than the features that a Frechet distance is taken in, with both numbers; None if nothing is."""
-    features, behind = len(reference.mean), reference.count or samples
-    fewest, what = min((samples, "samples of each set"), (behind, "images of the reference"))
-    return f"{fewest:,} {what}, {features:,} features" if fewest < features else None
+def few(samples: int, features: int, behind: int | None) -> str | None:
+    """What is fewer than the features that a Frechet distance is taken in, with both numbers; None if nothing is.
+
+    behind: images that the reference is of, if that is known. `fewstep report` finds the mark by its first words.
+    """
+    fewest, what = min((samples, "samples"), (behind or samples, "samples behind the reference"))
+    return f"fewer {what} ({fewest:,}) than features ({features:,})" if fewest < features else None
 
 
 def make(work: Extraction, stopping: Stopping) -> None:

@@ -163,16 +163,17 @@ def _point(row: Row, name: str, few: str | None) -> Point:
     fid = row["fid"] if "fid" in row else row["fid_heldout"]
     return Point(
         _sampled(name, row), int(row.get("steps", 0)), int(row.get("nfe", 0)), float(row.get("w", 0.0)),
-        1 / speed if speed else None, fid, row["is"], int(row["samples"]), few, row.get("kid"),
+        1 / speed if speed else None, fid, row.get("is"), int(row["samples"]), few, row.get("kid"),
     )  # fmt: skip
 
 
 def _family(results: Row) -> str:
-    if results.get("kind") == "measure":
-        reference = results["reference"]
+    reference = results.get("reference", {})
+    if reference.get("path"):  # of `fewstep measure`, or of a grid against statistics
+        extractor = results.get("extractor") or {"name": results["features"], "weights": results["weights"]}
         count = "an unknown number of" if reference["count"] is None else f"{reference['count']:,}"
         size = f"{reference['resolution']} x {reference['resolution']}"
-        weights = f"{results['features']} (weights {results['weights'][:10]})"
+        weights = f"{extractor['name']} (weights {extractor['weights'][:10]})"
         digest = reference.get("digest")
         name = Path(reference["path"]).name + (f" ({digest[:10]})" if digest else "")
         return f"{weights}, against {count} images of {size}, {name}"

@@ -21,6 +21,7 @@ from fewstep.lab.evaluation.timing import decoding_speed
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.measuring.images import HeldOutImages
 from fewstep.lab.measuring.job import Extraction
+from fewstep.lab.metrics import Statistics
 from fewstep.lab.progress import SamplingProgress
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
@@ -38,12 +39,19 @@ def run(ctx: StageContext) -> None:
     make_sets(ctx, samples, scores)
     with knowingly():
         rows = measure(samples, grid, scores)
-    marked = few(ctx.stage.num_samples, scores.reference) if ctx.stage.features else None
+    extractor, reference = scores.heldout.extractor, scores.reference
+    lacking = few(ctx.stage.num_samples, len(reference.mean), reference.count) if ctx.stage.features else None
     targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]
     results: dict[str, Any] = {
         **header(ctx, train=len(data.train), heldout=len(data.heldout)),
         "judge": {"accuracy_heldout": accuracy(scores.heldout, data.heldout.labels) if scores.own else None},
-        "reference": {"path": ctx.stage.statistics or None, "count": scores.reference.count},
+        "extractor": {"name": extractor.name, "weights": extractor.weights},
+        "reference": {
+            "path": ctx.stage.statistics or None,
+            "count": reference.count,
+            "resolution": scores.heldout.images.resolution,
+            "digest": reference.digest if isinstance(reference, Statistics) else None,
+        },
         "rows": rows,
         "decoding_images_per_second": decoding_speed(samples),
         "networks": {name: model.size for name, model in models.items()},
@@ -51,8 +59,8 @@ def run(ctx: StageContext) -> None:
         "circumstances": made_with(ctx, samples.workers),
         "targets": [target.to_json() for target in targets],
     }
-    if marked is not None:
-        results["features"] += f", {marked}: FID means nothing"
+    if lacking is not None:
+        results["features"] += f", {lacking}: FID means nothing"
     results = tidy(results)
     write_grid_report(results, ctx.out)
     write_results(ctx, results)
