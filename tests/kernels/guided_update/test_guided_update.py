@@ -234,6 +234,10 @@ def test_compiles_without_graph_breaks() -> None:
     ({"kind": "posterior"}, r"kind='posterior' needs noise, a tensor shaped like z \(4, 2, 3, 3\)"),
     ({"raw": Raw(torch.zeros(4, 2, 3, 3), None, "score")}, "prediction='score' is unknown"),
     ({"raw": Raw(torch.zeros(8, 2, 3, 3), None, "x")}, r"outputs \(8, 2, 3, 3\) must be shaped like z"),
+    *(({name: torch.full((2,), 0.5)}, rf"{name} \(2,\) must be \(\) or \(4,\), one per sample of z \(4, 2, 3, 3\)")
+      for name in ("t", "s", "w", "jump")),
+    ({"w": torch.ones(4, 1)}, r"w \(4, 1\) must be \(\) or \(4,\)"),
+    ({"clip": (1, -1)}, r"clip=\(1, -1\) must be None or \(low, high\) with low < high"),
 ])
 def test_bad_input_is_named(change: dict[str, object], message: str) -> None:
     z = torch.zeros(4, 2, 3, 3)

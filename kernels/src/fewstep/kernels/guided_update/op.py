@@ -13,7 +13,9 @@ UpdateKind = Literal["ddim", "renoise", "posterior"]
 Clip = tuple[float, float] | None
 
 
-def _check(raw: RawLike, z: Tensor, like_z: dict[str, Tensor | None]) -> None:
+def _check(
+    raw: RawLike, z: Tensor, clip: Clip, like_z: dict[str, Tensor | None], rows: dict[str, Tensor | float | None]
+) -> None:
     if raw.prediction not in PREDICTIONS:
         raise ValueError(f"prediction={raw.prediction!r} is unknown; known: {', '.join(PREDICTIONS)}")
     for name, x in {"outputs": raw.cond_output, "unconditional outputs": raw.uncond_output, **like_z}.items():
@@ -21,6 +23,12 @@ def _check(raw: RawLike, z: Tensor, like_z: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name} {tuple(x.shape)} must be shaped like z {tuple(z.shape)}")
         if x is not None and x.device != z.device:
             raise ValueError(f"{name} on {x.device} must be on the device of z, {z.device}")
+    for name, row in rows.items():
+        if isinstance(row, Tensor) and row.ndim and row.shape != z.shape[:1]:
+            found = f"{name} {tuple(row.shape)} must be () or ({len(z)},)"
+            raise ValueError(f"{found}, one per sample of z {tuple(z.shape)}")
+    if clip is not None and not (len(clip) == 2 and clip[0] < clip[1]):
+        raise ValueError(f"clip={clip!r} must be None or (low, high) with low < high")
 
 
 @overload
@@ -70,14 +78,14 @@ def guided_update(
     Shape: -> like z, float32 or wider whatever the dtype of z and raw; with return_x a pair of these.
 
     Raises:
-        ValueError: for an unknown kind or prediction, missing noise, or outputs and noise not shaped like z or on
-            another device.
+        ValueError: for an unknown kind or prediction, missing noise, outputs and noise not shaped like z or on another
+            device, t, s, w or jump that are not one per sample, or a clip whose ends are not in order.
     """
     if kind not in get_args(UpdateKind):
         raise ValueError(f"kind={kind!r} is unknown; known: {', '.join(get_args(UpdateKind))}")
     if kind != "ddim" and noise is None and s is not None:
         raise ValueError(f"kind={kind!r} needs noise, a tensor shaped like z {tuple(z.shape)}")
-    _check(raw, z, {"noise": noise})
+    _check(raw, z, clip, {"noise": noise}, {"t": t, "s": s, "w": w, "jump": jump})
     result: Tensor | tuple[Tensor, Tensor] = dispatch(
         "guided_update", raw, z, t, s, schedule, w, kind, noise, clip, jump, return_x
     )
@@ -103,9 +111,10 @@ def two_step_target(
     Shape: -> like z, float32 or wider.
 
     Raises:
-        ValueError: for an unknown prediction, or outputs and `first` not shaped like z or on another device.
+        ValueError: for an unknown prediction, outputs and `first` not shaped like z or on another device, t, w or
+            share that are not one per sample, or a clip whose ends are not in order.
     """
-    _check(raw, z, {"first": first})
+    _check(raw, z, clip, {"first": first}, {"t": t, "w": w, "share": share})
     result: Tensor = dispatch("guided_update", raw, z, t, None, schedule, w, "blend", first, clip, share, False)
     return result
 
