@@ -17,6 +17,7 @@ from lab_configs import DIGITS
 from lab_gaussians import Student, exact, judge, noise_and_labels, plan, samples
 from rich.console import Console
 
+from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.compose import compose, compose_grid
 from fewstep.lab.config import AlignmentTarget, ConfigError, DataConfig, GridConfig, GridTarget, ReferenceConfig
 from fewstep.lab.context import Interrupted, never
@@ -196,11 +197,34 @@ def test_fewer_samples_than_features_are_refused_before_any_is_drawn(tmp_path: P
     with pytest.raises(FewSamplesError, match=r"fewer samples \(3\) than features \(4\) of classifier"):
         scores(tmp_path, samples=3)
     assert scores(tmp_path, samples=3, few=True).allow_few_samples
+    save_classifier(Classifier(1, 10, width=8), tmp_path / "own")
     Statistics(np.zeros(2048), np.eye(2048), "classifier", count=50_000).save(tmp_path / "a.npz")
-    settings = ["preset=debug", f"stages.grid.features={tmp_path}", f"stages.grid.statistics={tmp_path / 'a.npz'}"]
-    with pytest.raises(ConfigError, match=r"num_samples=40: must be of as many as features .*samples \(40\) .* \(2,048\)"):
+    alone = ["preset=debug", f"stages.grid.features={tmp_path / 'own'}"]
+    settings = [*alone, f"stages.grid.statistics={tmp_path / 'a.npz'}"]
+    with pytest.raises(ConfigError, match=r"num_samples=40: must be .*samples \(40\) than features \(2,048\)"):
         compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=false"])
     assert compose_grid(STOCHASTIC, [*settings, "stages.grid.allow_few_samples=true"])
+    with pytest.raises(ConfigError, match=r"num_samples=15: must be .*samples \(15\) than features \(16\)"):
+        compose_grid(STOCHASTIC, [*alone, "stages.grid.num_samples=15", "stages.grid.allow_few_samples=false"])
+
+
+def test_other_extractors_are_refused_before_training(tmp_path: Path) -> None:
+    """Statistics of another network, or a judge of other classes, after days of training the experiment's models."""
+    save_classifier(Classifier(1, 7, width=8), tmp_path / "seven")
+    save_classifier(Classifier(1, 10, width=8), tmp_path / "own")
+    Statistics(np.zeros(2048), np.eye(2048), "inception-v3-compat").save(tmp_path / "a.npz")
+    features, said = f"stages.grid.features={tmp_path}", "stages.grid.statistics="
+    for settings, wrong in (
+        ([features], f"{features}: not a whole classifier"),
+        ([f"{features}/seven"], "seven: must be a classifier of data.num_classes=10; this one has 7"),
+        ([f"{features}/own", "stages.grid.extractor_weights=w.pt"], "extractor_weights=w.pt: must be left out for the"),
+        ([f"{features}/own", f"{said}{tmp_path / 'a.npz'}"], "features=inception-v3-compat: must be classifier"),
+        ([f"{features}/own", f"{said}{tmp_path / 'own/config.json'}"], "config.json holds no reference statistics"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            compose_grid(STOCHASTIC, ["preset=debug", *settings])
+        assert wrong in str(caught.value)
+        assert str(caught.value).startswith("stages.grid.")
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -1,10 +1,24 @@
 """What can be wrong with the stages that measure a grid of w x steps, and encoders."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.lab.checks import check_samples, needs_one, one_of, positive, require
-from fewstep.lab.config import AlignmentTarget, Config, GridConfig, HalveConfig, InvertConfig, StageConfig
+from fewstep.lab.config import (
+    AlignmentTarget,
+    Config,
+    ConfigError,
+    GridConfig,
+    HalveConfig,
+    InvertConfig,
+    StageConfig,
+)
 from fewstep.lab.validate_teachers import TEACHERS
+
+if TYPE_CHECKING:
+    from fewstep.lab.metrics import Statistics
 
 MEASURES = ("fid_heldout", "paired_error")
 ALIGNMENT = ("all", "objects", "sizes", "relation", "place", "unseen")
@@ -43,27 +57,57 @@ def _check_features(key: str, stage: GridConfig, config: Config) -> None:
     """Whose features FID is of, and what it is held against: files that are not there are found before any compute."""
     unread = config.data.name == "captioned_shapes" and not stage.keep_samples
     require(not unread, f"{key}.keep_samples", stage.keep_samples, "true: captions are read back from the samples")
+    judges = [need for need in stage.needs if config.stages[need].kind == "classifier"]
     if not stage.features:
-        needs_one(key, stage, config, "classifier")
+        right = f"with exactly one stage of kind classifier; or set {key}.features, e.g. to inception-v3-compat"
+        require(len(judges) == 1, f"{key}.needs", stage.needs, right)
         for name in ("extractor_weights", "statistics"):
             given = getattr(stage, name)
             require(not given, f"{key}.{name}", given, f"left out without {key}.features, the name of an extractor")
         return
     from fewstep.lab.evaluation.scores import few
-    from fewstep.lab.metrics import Statistics
-    from fewstep.lab.metrics.extractors import find_extractor
+
+    (name, features), behind = _extractor(key, stage, config), config.data.heldout or None
+    if stage.statistics:
+        found = _statistics(f"{key}.statistics", Path(stage.statistics), name, config.data.image_size)
+        features, behind = len(found.mean), found.count
+    lacking = None if features is None else few(stage.num_samples, features, behind)
+    right = f"of as many as features at least ({lacking}); or set {key}.allow_few_samples=true"
+    require(lacking is None or stage.allow_few_samples, f"{key}.num_samples", stage.num_samples, right)
+
+
+def _extractor(key: str, stage: GridConfig, config: Config) -> tuple[str, int | None]:
+    """Its name, as statistics have it, and how many features it gives, if that is known without its weights."""
+    from fewstep.lab.classifier import load_classifier
+    from fewstep.lab.metrics.extractors import CLASSIFIER, NAMES, find_extractor
+    from fewstep.lab.metrics.statistics import INCEPTION, INCEPTION_FEATURES
 
     weights = Path(stage.extractor_weights) if stage.extractor_weights else None
     find_extractor(stage.features, weights, (f"{key}.features=", f"{key}.extractor_weights="))
-    if stage.statistics:
-        path = Path(stage.statistics)
-        require(path.is_file(), f"{key}.statistics", path, "an .npz of statistics (ours, ADM's, EDM's)")
-        found, side = Statistics.load(path), config.data.image_size
-        right = f"of images of {side} x {side}, as the experiment's"
-        require(found.resolution in (None, side), f"{key}.statistics", f"{path} of {found.resolution}", right)
-        lacking = few(stage.num_samples, len(found.mean), found.count)
-        right = f"of as many as features at least ({path}: {lacking}); or set {key}.allow_few_samples=true"
-        require(lacking is None or stage.allow_few_samples, f"{key}.num_samples", stage.num_samples, right)
+    if stage.features in NAMES:
+        return stage.features, INCEPTION_FEATURES if stage.features == INCEPTION else None
+    try:
+        classifier = load_classifier(Path(stage.features))
+    except ConfigError as error:
+        raise ConfigError(f"{key}.features={error}") from error
+    for name in ("channels", "num_classes"):
+        value = getattr(config.data, name)
+        right = f"a classifier of data.{name}={value}; this one has {classifier.config[name]}"
+        require(classifier.config[name] == value, f"{key}.features", stage.features, right)
+    return CLASSIFIER, classifier.head.in_features
+
+
+def _statistics(key: str, path: Path, name: str, side: int) -> Statistics:
+    """Statistics of that extractor, of images of that side; its weights are looked at when they are loaded."""
+    from fewstep.lab.metrics import Statistics
+
+    require(path.is_file(), key, path, "an .npz of statistics (ours, ADM's, EDM's)")
+    try:
+        found = Statistics.load(path)
+        found.refuse_other(path, name, found.weights or "", side)
+    except ValueError as error:
+        raise ConfigError(f"{key}={error}") from error
+    return found
 
 
 def _check_alignment(

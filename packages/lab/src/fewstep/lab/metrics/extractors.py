@@ -105,6 +105,8 @@ def find_extractor(name: str, weights: Path | None = None, options: tuple[str, s
     if name not in NAMES:
         if not Path(name).is_dir():
             raise ConfigError(f"{options[0]}{name}: must be one of {', '.join(NAMES)}, or the folder of a classifier")
+        if weights is not None:
+            raise ConfigError(f"{options[1]}{weights}: must be left out for the folder of a classifier, which has them")
         return None
     if name in DINO:
         _find_dino(name, weights, options[1])
