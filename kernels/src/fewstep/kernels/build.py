@@ -224,7 +224,7 @@ def main() -> None:
     unknown = [name for name in chosen.architectures if not re.fullmatch(r"sm_\d+", name)]
     if unknown:
         parser.error(f"architecture {unknown[0]!r}: must be like sm_80; sm_90 brings what needs sm_90a")
-    named = [(name,) for name in chosen.architectures]                   # a module for each: `load` looks for these
+    named: list[tuple[str, ...]] = [(name,) for name in chosen.architectures]       # as `load` looks for modules
     for targets in [ARCHITECTURES] if chosen.all else named or [present_architecture()]:
         try:
             paths = build(list(operations()), targets)

@@ -41,7 +41,7 @@ def is_readable(x: Tensor) -> bool:
 
 def heads_of(packed: Tensor, heads: int) -> Tensor:
     """View a projection (B, L, H D) as heads (B, H, L, D)."""
-    return packed.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return packed.view(*packed.shape[:2], heads, packed.shape[2] // heads).transpose(1, 2)
 
 
 def parts_of(qkv: Tensor, heads: int) -> Parts:

@@ -53,7 +53,7 @@ def attention_qkv(
     qkv: Tensor, heads: int, scale: float, key_lengths: Tensor | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `fewstep.kernels.attention_qkv` from (B, L, 3 H D), arguments checked."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.reshape(*qkv.shape[:2], 3, heads, qkv.shape[2] // (3 * heads)).permute(2, 0, 3, 1, 4)
     result = attention(q, k, v, scale, key_lengths, return_lse)
     if isinstance(result, tuple):
         return result[0].transpose(1, 2).flatten(2), result[1]
