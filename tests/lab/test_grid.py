@@ -83,12 +83,15 @@ def scores(root: Path, statistics: Path | None = None, samples: int = 60, few: b
     return Scores.of(heldout, statistics, samples, few, never)
 
 
+def loaded(*_: object) -> Extractor:
+    return Extractor(CLASSIFIER, Judge(), torch.device("cpu"), as_bytes=False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _judge() -> Iterator[None]:
     """Every extraction is by pixels."""
     with pytest.MonkeyPatch.context() as patch:
-        own = Extractor(CLASSIFIER, Judge(), torch.device("cpu"), as_bytes=False)
-        patch.setattr(job, "load_extractor", lambda *_: own)
+        patch.setattr(job, "load_extractor", loaded)
         yield
 
 
@@ -251,6 +254,29 @@ def test_forgotten_samples_change_no_figure(tmp_path: Path, rows: list[dict[str,
     found = grids.measure(kept, replace(grid(), options=options), scores(tmp_path))
     for one, other in zip(found, rows, strict=True):
         assert one["mean"] == pytest.approx(other["mean"], rel=1e-9)
+
+
+def test_the_extractor_is_loaded_once(tmp_path: Path) -> None:
+    """Of CLIP or DINOv2 that is a gigabyte, of a hundred sets twice each."""
+    by_pixels, kept = scores(tmp_path), made(tmp_path)
+    works = [by_pixels.of_set(kept, draw, 60) for draw in kept.sizes]
+    assert {id(work.extractor) for work in works} == {id(by_pixels.heldout.extractor)}
+
+
+def test_published_scores_are_of_few_samples_too_and_nan_names_its_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial run of 6 samples ends in a table; of a hundred sets the one with NaN is found."""
+    monkeypatch.setattr(job, "load_extractor", lambda *_: replace(loaded(), name="inception-v3-compat"))
+    kept, draw = made(tmp_path), grid().reference(1.0)
+    assert scores(tmp_path, samples=6).measure(kept, draw, 6)["is"] >= 1
+    start, stop = next(kept.spec(draw).ranges(60))
+    shard = kept.cache.get(kept.key(draw), start, stop)
+    assert shard is not None
+    shard.images[3] = float("nan")
+    kept.cache.put(kept.key(draw), start, stop, shard)
+    with pytest.raises(ValueError, match=r"teacher dpmpp_2m 40 w=1: 1 of 60 samples hold NaN .* number 3 first"):
+        scores(tmp_path).measure(kept, draw, 60)
 
 
 def test_extractors_without_classes_have_no_score_to_draw(tmp_path: Path, rows: list[dict[str, Any]]) -> None:

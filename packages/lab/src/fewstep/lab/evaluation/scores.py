@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,20 @@ class Scores:
 
     def of_set(self, samples: Samples, draw: Draw, count: int) -> Extraction:
         """The features of the first `count` samples of a set."""
-        return replace(self.heldout, images=SampleSet(samples, draw, count))
+        return self.heldout.of(SampleSet(samples, draw, count))
 
     def measure(self, samples: Samples, draw: Draw, count: int) -> dict[str, float]:
-        """Of the first `count` samples of a set; class accuracy of our own classifiers and data with classes alone."""
+        """Of the first `count` samples of a set; class accuracy of our own classifiers and data with classes alone.
+
+        Raises:
+            ValueError: samples that are not finite; names the set.
+        """
         work = self.of_set(samples, draw, count)
         make(work, never)
-        found = summarise(work, 1 if self.own else SPLITS)
+        try:
+            found = summarise(work, 1 if self.own else min(SPLITS, count))
+        except ValueError as error:
+            raise ValueError(f"{draw.label}: {error}") from error
         row = {"fid_heldout": frechet_distance(found.moments, self.reference, allow_few_samples=self.allow_few_samples)}
         if found.score is not None:
             row["is"] = found.score.score().mean

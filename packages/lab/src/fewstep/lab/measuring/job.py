@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ class Extraction:
     def score(self) -> ClipScore | None:
         """CLIP, if it was asked for."""
         return None if self.clip is None else ClipScore.load(self.clip, pick_device(self.device))
+
+    def of(self, images: Images) -> Extraction:
+        """The same of other images, with the network that is loaded here once."""
+        other = replace(self, images=images)
+        other.__dict__["extractor"] = self.extractor  # as cached_property does, which a frozen dataclass lets alone
+        return other
 
     @property
     def cache(self) -> FeatureCache:
