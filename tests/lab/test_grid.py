@@ -23,6 +23,7 @@ from fewstep.lab.config import AlignmentTarget, ConfigError, DataConfig, GridCon
 from fewstep.lab.context import Interrupted, never
 from fewstep.lab.data import Data, Split
 from fewstep.lab.evaluation import grid as grids
+from fewstep.lab.evaluation import samples as sets
 from fewstep.lab.evaluation.plan import Students
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.scores import Scores
@@ -31,7 +32,6 @@ from fewstep.lab.measuring.images import HeldOutImages
 from fewstep.lab.measuring.job import Extraction
 from fewstep.lab.metrics import Extractor, FewSamplesError, Moments, Statistics, frechet_distance
 from fewstep.lab.metrics.extractors import CLASSIFIER
-from fewstep.lab.progress import unheard
 from fewstep.lab.report import grid as report
 from fewstep.lab.sampling import own_sampler
 from fewstep.lab.stages import grid as stage
@@ -231,26 +231,35 @@ def test_other_extractors_are_refused_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_forgotten_samples_change_no_figure(tmp_path: Path, rows: list[dict[str, Any]], killed: bool) -> None:
-    """`keep_samples=false` holds one set at a time and the first chunks of the others, which paired errors need.
+def test_forgotten_samples_change_no_figure(
+    tmp_path: Path, rows: list[dict[str, Any]], killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keep_samples=false` holds one set at a time and the first chunks that paired errors need, of the first noises.
 
     Killed after some sets and called again, it makes nothing twice.
     """
     kept, options = made(tmp_path), replace(OPTIONS, keep_samples=False, num_samples=60, paired_noises=20)
-    stopped = iter([False] * 40 + [True] if killed else [])
+    stopped, told, drawn = iter([False] * 40 + [True] if killed else []), list[tuple[int, int]](), list[int]()
     ctx: Any = SimpleNamespace(
         stage=options, console=Console(quiet=True), config=SimpleNamespace(progress=False),
-        stopping=lambda: next(stopped, False), tell=unheard,
+        stopping=lambda: next(stopped, False), tell=lambda *pieces: told.append(pieces),
     )  # fmt: skip
+    draw_chunk = sets._make_chunk
+    monkeypatch.setattr(sets, "_make_chunk", lambda *job: drawn.append(job[2]) or draw_chunk(*job))
     if killed:
         with pytest.raises(Interrupted):
             stage.make_sets(ctx, kept, scores(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     stage.make_sets(ctx, kept, scores(tmp_path))
+    assert sorted(drawn) == sorted([0, 25, 50] * len(kept.sizes))
+    assert told[-1] == (60 * len(kept.sizes), 60 * len(kept.sizes))
     files = list(tmp_path.glob("*/*.safetensors"))
     assert {path.name for path in files} == {"0000000-0000025.safetensors"}
-    assert len(files) == len(kept.sizes)
+    assert len(files) == len([draw for draw in kept.sizes if draw.noises == 0])
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.exists())
+    stopped = iter([False, False, True])
+    with pytest.raises(Interrupted, match="stopped after 2 places of the grid"):
+        grids.measure(kept, grid(), scores(tmp_path), lambda: next(stopped))
     found = grids.measure(kept, replace(grid(), options=options), scores(tmp_path))
     for one, other in zip(found, rows, strict=True):
         assert one["mean"] == pytest.approx(other["mean"], rel=1e-9)

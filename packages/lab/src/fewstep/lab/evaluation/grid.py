@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewstep.lab.config import AlignmentTarget, GridConfig, GridTarget
+from fewstep.lab.context import Interrupted, never
 from fewstep.lab.evaluation.alignment import SHARES, UNSEEN, alignment
 from fewstep.lab.evaluation.distances import describe
 from fewstep.lab.evaluation.pairs import pair_row
 from fewstep.lab.evaluation.plan import BASELINES, PAIRED, Draw, Students, equal_calls
 from fewstep.lab.evaluation.rows import Row, select
 from fewstep.lab.evaluation.samples import Samples
-from fewstep.lab.evaluation.scores import Scores
+from fewstep.lab.evaluation.scores import Scores, Stopping
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.metrics import Target
 
@@ -85,10 +86,19 @@ class Grid:
         return found | {draw: self.composition for draw in unseen if draw is not None}
 
 
-def measure(samples: Samples, grid: Grid, scores: Scores) -> list[Row]:
-    """A row for each cell: what it is and costs, the mean and deviation over sets of noises, and the paired error."""
+def measure(samples: Samples, grid: Grid, scores: Scores, stopping: Stopping = never) -> list[Row]:
+    """A row for each cell: what it is and costs, the mean and deviation over sets of noises, and the paired error.
+
+    Raises:
+        Interrupted: `stopping` said so; samples and features are kept.
+    """
     same = {name: same_weights(samples.models, students) for students, _ in grid.students for name in [students.name]}
-    return [_row(samples, grid, cell, scores, same.get(cell.stage, {})) for cell in grid.cells()]
+    rows = []
+    for cell in grid.cells():
+        if stopping():
+            raise Interrupted(f"stopped after {len(rows)} places of the grid; samples and features are kept")
+        rows.append(_row(samples, grid, cell, scores, same.get(cell.stage, {})))
+    return rows
 
 
 def same_weights(models: Any, students: Students) -> dict[int, int]:

@@ -15,6 +15,7 @@ from fewstep.lab.data import Data, load_data
 from fewstep.lab.evaluation.alignment import UNSEEN
 from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.grid import Grid, alignment_verdicts, measure, verdicts
+from fewstep.lab.evaluation.plan import PAIRED
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.evaluation.scores import Scores, accuracy, few, make
 from fewstep.lab.evaluation.timing import decoding_speed
@@ -38,7 +39,7 @@ def run(ctx: StageContext) -> None:
     scores = scores_of(ctx, data)
     make_sets(ctx, samples, scores)
     with knowingly():
-        rows = measure(samples, grid, scores)
+        rows = measure(samples, grid, scores, ctx.stopping)
     extractor, reference = scores.heldout.extractor, scores.reference
     lacking = few(ctx.stage.num_samples, len(reference.mean), reference.count) if ctx.stage.features else None
     targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]
@@ -87,15 +88,16 @@ def make_sets(ctx: StageContext, samples: Samples, scores: Scores) -> None:
     with SamplingProgress(ctx.console, len(measured) * stage.num_samples, bar=ctx.config.progress and keep) as shown:
         for draw in measured:
             work = scores.of_set(samples, draw, stage.num_samples)
+            paired = stage.paired_noises if draw.noises == PAIRED else 0
             if not keep:
-                missing = stage.paired_noises if work.whole() else samples.sizes[draw]
+                missing = paired if work.whole() else samples.sizes[draw]
                 samples.first(draw, missing).make(ctx.console, ctx.config.progress, ctx.stopping)
             began = time.perf_counter()
             make(work, ctx.stopping)
-            if not keep:
-                samples.forget(draw, stage.paired_noises)
-                ctx.tell(shown.made, shown.total)
             shown.advance(f"features of {draw.label}", stage.num_samples, 1, time.perf_counter() - began)
+            if not keep:
+                samples.forget(draw, paired)
+                ctx.tell(shown.made, shown.total)
 
 
 def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
