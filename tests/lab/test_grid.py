@@ -375,6 +375,9 @@ def test_an_experiment_without_a_grid_gets_one() -> None:
     added = transfer.stages["grid"]
     assert (added.needs, added.steps) == (["classifier", "teacher", "decoder"], transfer.stages["decoder"].steps)
     assert added.paired_noises == 7
+    assert added.weights == [0.0, 0.3, 1.0]  # of the usual ones 3 is beyond the range of its students
+    with pytest.raises(ConfigError, match=r"needs=\['teacher', 'halve', .*; or set stages.grid.features"):
+        compose_grid(DIGITS.parent / "imagenet64", ["preset=debug"])
     with pytest.raises(ConfigError, match="has no stage of kind grid, evaluate or halve"):
         compose_grid(DIGITS.parent / "imagenet64_moments", ["preset=debug"])
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any
 
-from fewstep.lab.config import ClassifierConfig, Config, ConfigError, StageConfig
+from fewstep.lab.config import ClassifierConfig, Config, ConfigError, HalveConfig, StageConfig
 from fewstep.schedules import Schedule, loss_weight, schedule_from_config
 
 
@@ -44,6 +44,15 @@ def check_samples(stage: Any, config: Config) -> None:
         key, count, features = found
         right = f"{features} or more, the judge's features: FID of fewer is mostly a matter of how few"
         raise ConfigError(f"{key}={count}: must be {right}; or set stages.{stage.name}.allow_few_samples=true")
+
+
+def trained_range(halve: HalveConfig, config: Config) -> tuple[float, float]:
+    """The w that its students are trained for, (w_min, w_max): its own or that of stage one, which it needs.
+
+    w = 0 is no guidance (Stable Diffusion's guidance scale is 1 + w).
+    """
+    low, high = halve.w_range or needs_one(f"stages.{halve.name}", halve, config, "guide").w_range
+    return low, high
 
 
 def check_range(key: str, w_range: list[float]) -> None:

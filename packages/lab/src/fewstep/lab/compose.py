@@ -14,7 +14,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fewstep.lab.config import STAGES, Config, ConfigError, HalveConfig, StageConfig
+from fewstep.lab.checks import trained_range
+from fewstep.lab.config import STAGES, Config, ConfigError, GridConfig, HalveConfig, StageConfig
 from fewstep.lab.pretrained import anchor
 from fewstep.lab.sources import Source
 from fewstep.lab.validate import validate
@@ -82,7 +83,10 @@ def compose_grid(experiment: str | Path, overrides: Sequence[str] = (), *, check
 
 
 def _all_students(config: Config) -> list[str]:
-    """Overrides for a grid of every student of the experiment, by its own judge if it trains one."""
+    """Overrides for a grid of every student of the experiment, by its own judge if it trains one.
+
+    Its w are the usual ones or, where students do not know these, the nearest that they know.
+    """
     stages = config.stages
     students = {
         name: stage for name, stage in stages.items() if isinstance(stage, HalveConfig) and stage.students != "encoder"
@@ -93,7 +97,9 @@ def _all_students(config: Config) -> list[str]:
     judges = [name for name, stage in stages.items() if stage.kind == "classifier"]
     steps = sorted({n for stage in students.values() for n in stage.steps}, reverse=True)
     needs = ",".join([*judges[:1], teachers[-1], *students])
-    return [f"stages.grid.needs=[{needs}]", f"stages.grid.steps={steps}"]
+    ranges = [trained_range(stage, config) for stage in students.values()]
+    weights = sorted({min(max(w, low), high) for w in GridConfig().weights for low, high in ranges})
+    return [f"stages.grid.needs=[{needs}]", f"stages.grid.steps={steps}", f"stages.grid.weights={weights}"]
 
 
 def typed(composed: DictConfig, *, check: bool = True) -> Config:

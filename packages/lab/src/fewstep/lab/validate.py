@@ -14,6 +14,7 @@ from fewstep.lab.checks import (
     one_of,
     positive,
     require,
+    trained_range,
 )
 from fewstep.lab.cluster.config import problem
 from fewstep.lab.config import (
@@ -79,7 +80,7 @@ def untrained_weights(config: Config, name: str) -> str | None:
     if not isinstance(stage, EvaluateConfig):
         return None
     judged = next(found for found in halvings(stage, config).values() if found.students != "encoder")
-    low, high = judged.w_range or needs_one(f"stages.{judged.name}", judged, config, "guide").w_range
+    low, high = trained_range(judged, config)
     asked = sorted({*stage.weights, *stage.curve_weights})
     outside = [w for w in asked if not low <= w <= high]
     if not outside:

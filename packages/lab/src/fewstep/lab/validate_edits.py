@@ -1,7 +1,7 @@
 """What can be wrong with the stage that measures editing and inpainting."""
 
 from fewstep.lab.captioned import world_of
-from fewstep.lab.checks import needs_one, one_of, positive, require
+from fewstep.lab.checks import needs_one, one_of, positive, require, trained_range
 from fewstep.lab.config import Config, EditsConfig
 from fewstep.lab.validate_teachers import TEACHERS
 
@@ -25,7 +25,7 @@ def check_edits(key: str, stage: EditsConfig, config: Config) -> None:
     one_of(f"{key}.headline", stage.headline, stage.steps)
     one_of(f"{key}.reference.sampler", stage.reference.sampler, ("ddim", "dpmpp_2m", "heun"))
     positive(f"{key}.reference", stage.reference, "steps")
-    low, high = halve.w_range or needs_one(f"stages.{halve.name}", halve, config, "guide").w_range
+    low, high = trained_range(halve, config)
     right = f"in [{low:g}, {high:g}], for which {halve.name} is trained (w = 0 is no guidance)"
     require(low <= stage.w <= high, f"{key}.w", stage.w, right)
     _check_strengths(key, stage)

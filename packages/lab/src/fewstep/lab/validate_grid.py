@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.lab.checks import check_samples, needs_one, one_of, positive, require
+from fewstep.lab.checks import check_samples, needs_one, one_of, positive, require, trained_range
 from fewstep.lab.config import (
     AlignmentTarget,
     Config,
@@ -142,7 +142,7 @@ def check_invert(key: str, stage: InvertConfig, config: Config) -> None:
         require(len(chains) == 1, f"{key}.needs", stage.needs, f"exactly one stage of kind halve, students={students}")
         for steps in stage.steps:
             one_of(f"{key}.steps", steps, chains[0].steps)
-        low, high = chains[0].w_range or needs_one(f"stages.{chains[0].name}", chains[0], config, "guide").w_range
+        low, high = trained_range(chains[0], config)
         for w in stage.weights:
             right = f"in [{low:g}, {high:g}], for which {chains[0].name} is trained"
             require(low <= w <= high, f"{key}.weights", w, right)

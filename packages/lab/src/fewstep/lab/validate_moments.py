@@ -1,6 +1,16 @@
 """What can be wrong with the stages of moment matching: the distillation, the teacher's sweep, the comparison."""
 
-from fewstep.lab.checks import check_range, check_samples, check_weight, may_need, needs_one, one_of, positive, require
+from fewstep.lab.checks import (
+    check_range,
+    check_samples,
+    check_weight,
+    may_need,
+    needs_one,
+    one_of,
+    positive,
+    require,
+    trained_range,
+)
 from fewstep.lab.config import (
     CompareConfig,
     Config,
@@ -60,7 +70,7 @@ def _check_start(key: str, stage: MomentsConfig, config: Config) -> None:
     require(halve.students != "encoder", f"{key}.needs", stage.needs, right)
     for steps in stage.steps:
         require(steps in halve.steps, f"{key}.steps", steps, f"one of those that {halve.name} has: {halve.steps}")
-    low, high = halve.w_range or needs_one(f"stages.{halve.name}", halve, config, "guide").w_range
+    low, high = trained_range(halve, config)
     right = f"a range within that of {halve.name}, [{low:g}, {high:g}] (w = 0 is no guidance): its students take w"
     inside = stage.w_range is not None and low <= stage.w_range[0] and stage.w_range[1] <= high
     require(inside, f"{key}.w_range", stage.w_range, right)

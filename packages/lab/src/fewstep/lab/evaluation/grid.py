@@ -93,7 +93,7 @@ def measure(samples: Samples, grid: Grid, scores: Scores, stopping: Stopping = n
         Interrupted: `stopping` said so; samples and features are kept.
     """
     same = {name: same_weights(samples.models, students) for students, _ in grid.students for name in [students.name]}
-    rows = []
+    rows: list[Row] = []
     for cell in grid.cells():
         if stopping():
             raise Interrupted(f"stopped after {len(rows)} places of the grid; samples and features are kept")
