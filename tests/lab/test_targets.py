@@ -137,8 +137,10 @@ def test_another_teacher_batch_or_data_have_other_targets(tmp_path: Path) -> Non
     other = method("guide")
     assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), split()) is not None
     assert open_store(tmp_path, other, Order(IMAGES, 2 * BATCH, SEED), split()) is None
-    others = replace(split(), images=split().images + 0.1)
-    assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), others) is None
+    said = ("a red circle",) * IMAGES
+    for change in ({"images": split().images + 0.1}, {"flips": True}, {"captions": said}):
+        others = replace(split(), **change)  # type: ignore[arg-type]  # each of its own type
+        assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), others) is None
     next(other.teacher.parameters()).data.add_(1e-3)  # type: ignore[attr-defined]  # stage one has a teacher
     assert open_store(tmp_path, other, Order(IMAGES, BATCH, SEED), split()) is None
 

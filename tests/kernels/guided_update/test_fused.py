@@ -103,6 +103,24 @@ def test_gradients_are_the_references(name: str, kind: str) -> None:
             assert ((one - other).abs() <= bound * other.abs() + 1e-6 * upstream.abs().max()).all(), (i, leaf.dtype)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_gradients_by_the_reference(name: str, kind: str) -> None:
+    """A gradient penalty differentiates the backward pass: the kernels have no second one, the reference does."""
+    z, cond, uncond, noise = drawn((2, 3, 5, 4), 4)
+    leaves = [x.requires_grad_() for x in (cond, uncond, z)]
+
+    def penalty(w: Tensor | float) -> tuple[Tensor, ...]:
+        moved = run(kind, Raw(cond, uncond, "v"), z, w, noise, clip=(-1.5, 1.0))
+        first = torch.autograd.grad(moved.sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g.square().sum() for g in first), torch.tensor(0.0)), leaves)
+
+    for w in (1.5, torch.tensor([0.5, 3.0])):
+        expected = penalty(w)
+        with use_backend(name):
+            got = penalty(w)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_only_what_is_needed_gets_a_gradient(name: str) -> None:
     """A teacher's output and a fixed z must not cost memory traffic, nor break the graph."""
     z, cond, uncond, noise = drawn((2, 3, 4, 4), 4)

@@ -2,12 +2,13 @@
 
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewstep.kernels.backend import HAS_TRITON, register
+from fewstep.kernels.guided_update import reference
 from fewstep.kernels.guided_update.arguments import DTYPES, KINDS, PREDICTIONS, Arguments, dense, laid_like, row
 from fewstep.kernels.guided_update.reference import RawLike, ScheduleLike
 
@@ -90,13 +91,48 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> tupl
     if grad is None:
         return tuple(nothing)
     (cond, uncond, z, weight, *levels), (backend, w, prediction, kind, low, high) = ctx.saved_tensors, ctx.plain
+    nothing[7] = [None] * len(levels)
+    if torch.is_grad_enabled():
+        nothing[1:4] = _differentiable(ctx, grad)
+        return tuple(nothing)
     needs_z = ctx.needs_input_grad[3]
     d_cond, d_uncond, d_z = fused_backward(
         backend, grad, cond, uncond, z, weight, w, levels, prediction, kind, low, high, needs_z
     )
-    nothing[1], nothing[2], nothing[3] = d_cond, None if uncond is None else d_uncond, d_z if needs_z else None
-    nothing[7] = [None] * len(levels)
+    nothing[1:4] = d_cond, None if uncond is None else d_uncond, d_z if needs_z else None
     return tuple(nothing)
+
+
+class _Outputs(NamedTuple):
+    """A network's outputs, as `RawLike` has them."""
+
+    cond_output: Tensor
+    uncond_output: Tensor | None
+    prediction: str
+
+
+class _Levels(NamedTuple):
+    """alpha and sigma at three times, which are called 0, 1 and 2: what is saved of a schedule."""
+
+    levels: list[Tensor]
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.levels[2 * int(t)], self.levels[2 * int(t) + 1]
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The same gradients by the reference, for gradients of gradients; no noise, which none of them depends on."""
+    (cond, uncond, z, weight, *levels), (_, w, prediction, kind, low, high) = ctx.saved_tensors, ctx.plain
+    raw = _Outputs(cond, uncond, PREDICTIONS[prediction])
+    t, s, third = torch.arange(3)
+    end, jump = None if KINDS[kind] == "estimate" else s, levels[2] if KINDS[kind] == "blend" else third
+    needed = [x for x, needs in zip((cond, uncond, z), ctx.needs_input_grad[1:4], strict=True) if needs]
+    none, strength = torch.zeros_like(z), w if weight is None else weight
+    out = reference.guided_update(
+        raw, z, t, end, _Levels(levels), strength, KINDS[kind], none, (low, high), jump, False
+    )
+    found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
+    return [next(found) if needs else None for needs in ctx.needs_input_grad[1:4]]
 
 
 fused.register_autograd(_differentiate, setup_context=_save)

@@ -52,6 +52,8 @@ def key_of(method: Method, order: Order, split: Split) -> dict[str, Any]:
         "batch_size": order.batch_size,
         "images": order.count,
         "data": _digest({"images": (first := split.first(KNOWN_BY)).images, "labels": first.labels}),
+        "captions": list((split.captions or ())[:KNOWN_BY]),
+        "flips": split.flips,
     }
 
 
