@@ -27,10 +27,32 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.absence("attention") is None
     monkeypatch.setattr(build, "_is_installed", lambda name: name != "pybind11")
     assert build.absence() == "pybind11 not installed: pip install 'fewstep-kernels[cuda]'"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.absence() == "no C++ compiler was found: install no-such-compiler, or set CXX"
     monkeypatch.setattr(build, "nvcc", lambda: None)
     assert str(build.absence()).startswith("nvcc was not found: install a CUDA toolkit or nvidia-cuda-nvcc")
     with pytest.raises(RuntimeError, match="CUDA kernels cannot be built: nvcc was not found"):
         build.build(["guided_update"], ("sm_90",))
+
+
+def test_what_was_built_ahead_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of a cluster has the modules that `--all` made and no nvcc; GPUs of two kinds get a module each."""
+    ahead = build.built("attention", build.ARCHITECTURES)
+    ahead.parent.mkdir(parents=True)
+    ahead.touch()
+    build._is_built.cache_clear()
+    monkeypatch.setattr(build, "nvcc", lambda: None)
+    assert build.absence("attention") is None
+    assert "nvcc was not found" in str(build.absence("guided_update"))
+    monkeypatch.setattr(build, "build", lambda names, architectures: [architectures])
+    monkeypatch.setattr(build, "import_module", lambda name, path: path)
+    build._loaded.cache_clear()
+    for device in (("sm_80",), ("sm_90",), ("sm_80",)):
+        monkeypatch.setattr(build, "present_architecture", lambda found=device: found)
+        assert build.load("attention") == ahead
+        assert build.load("guided_update") == device
+    build._loaded.cache_clear()
+    build._is_built.cache_clear()
 
 
 def test_a_toolkit_that_is_not_on_the_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ An operation that has CUDA kernels has in its folder `kernel.cu` (torch-free, ex
 perhaps further `*.cu`, `kernel.h` with what these export, and `bindings.cpp`, a pybind11 module called
 fewstep_<operation>. A `*_sm90a.cu` is compiled for sm_90a only and left out where no sm_90 is asked for, so what it
 exports is weak. The operation's `cuda_kernel.py` calls `build.load(operation)`. What was built stays in $FEWSTEP_CACHE,
-else $XDG_CACHE_HOME/fewstep, else ~/.cache/fewstep, under a hash of sources, compiler and Python.
-Needs nvcc (a CUDA toolkit, or nvidia-cuda-nvcc from PyPI), a C++ compiler, and the extra `fewstep-kernels[cuda]`.
+else $XDG_CACHE_HOME/fewstep, else ~/.cache/fewstep, under a hash of sources, flags and Python; what was built ahead
+needs no compiler. To build takes nvcc (a CUDA toolkit, or nvidia-cuda-nvcc from PyPI), a C++ compiler, and the extra
+`fewstep-kernels[cuda]`.
 """
 
 import argparse
@@ -53,13 +54,34 @@ def nvcc() -> Path | None:
 
 
 def absence(operation: str | None = None) -> str | None:
-    """Return why CUDA kernels (of an operation) cannot be built here, or None."""
+    """Return why CUDA kernels (of an operation) are not built and cannot be built here, or None."""
     if operation in _failures:
         return _failures[operation]
+    if operation is not None and _is_built(operation):
+        return None
     if nvcc() is None:
         return "nvcc was not found: install a CUDA toolkit or nvidia-cuda-nvcc, or set CUDA_HOME"
+    if not _is_found(cxx()):
+        return f"no C++ compiler was found: install {cxx()}, or set CXX"
     missing = [name for name in ("ninja", "pybind11") if not _is_installed(name)]
     return f"{' and '.join(missing)} not installed: pip install 'fewstep-kernels[cuda]'" if missing else None
+
+
+@functools.cache
+def _is_built(operation: str) -> bool:
+    """Return whether the module for the present GPU is there; looked for once, as the rest."""
+    places = [ARCHITECTURES, *([present_architecture()] if torch.cuda.is_available() else [])]
+    return any(built(operation, architectures).exists() for architectures in places)
+
+
+def cxx() -> str:
+    """Return the C++ compiler."""
+    return os.environ.get("CXX") or "g++"
+
+
+@functools.cache
+def _is_found(command: str) -> bool:
+    return shutil.which(command) is not None
 
 
 @functools.cache
@@ -75,20 +97,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
 
 
-@functools.cache
 def load(operation: str) -> ModuleType:
     """Return an operation's extension module, built for the present GPU if it was not built before.
 
     Raises:
         RuntimeError: it cannot be built; says what is missing, or ends with the compiler's words.
     """
+    return _loaded(operation, present_architecture())
+
+
+@functools.cache
+def _loaded(operation: str, architecture: tuple[str, ...]) -> ModuleType:
     ahead = built(operation, ARCHITECTURES)
-    return import_module(operation, ahead if ahead.exists() else build([operation], present_architecture())[0])
+    return import_module(operation, ahead if ahead.exists() else build([operation], architecture)[0])
 
 
 def present_architecture() -> tuple[str, ...]:
     """Return the architecture of the present GPU."""
-    major, minor = torch.cuda.get_device_capability()
+    return _architecture(torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(device: int) -> tuple[str, ...]:
+    major, minor = torch.cuda.get_device_capability(device)
     return (f"sm_{major}{minor}",)
 
 
@@ -110,10 +141,7 @@ def sources(operation: str) -> list[Path]:
 
 def built(operation: str, architectures: tuple[str, ...]) -> Path:
     """Return where the module is or will be, by a hash of all that it is made of."""
-    compiler = nvcc()
-    stat = compiler.stat() if compiler else None
-    what = [sys.version, FLAGS, architectures, stat and (str(compiler), stat.st_size, stat.st_mtime)]
-    digest = hashlib.sha256(repr(what).encode())
+    digest = hashlib.sha256(repr([sys.version, FLAGS, architectures]).encode())
     for path in sources(operation):
         digest.update(path.name.encode() + path.read_bytes())
     return cache_folder() / digest.hexdigest()[:16] / f"fewstep_{operation}{EXTENSION_SUFFIXES[0]}"
@@ -163,7 +191,7 @@ def ninja_file(wanted: list[str], architectures: tuple[str, ...]) -> list[str]:
         f"links = {' '.join(f'-L{path}' for path in libraries if path.is_dir())}",
         f"python = -I{sysconfig.get_paths()['include']} -I{pybind11.get_include()}",
         "rule cuda\n command = $nvcc $flags $gencode -MD -MF $out.d -c $in -o $out\n depfile = $out.d",
-        f"rule cpp\n command = {os.environ.get('CXX', 'g++')} -std=c++17 -O2 -fPIC $python -c $in -o $out",
+        f"rule cpp\n command = {cxx()} -std=c++17 -O2 -fPIC $python -c $in -o $out",
         "rule link\n command = $nvcc -shared $links $in -o $out",
     ]
     for operation in wanted:
