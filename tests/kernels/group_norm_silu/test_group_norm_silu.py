@@ -232,3 +232,21 @@ def test_integers_are_refused() -> None:
     """Images as bytes would come back rounded to whole numbers, without a word."""
     with pytest.raises(ValueError, match=r"x \(2, 6, 3, 3\) is torch.int64: must be of a floating dtype"):
         group_norm_silu(torch.ones(2, 6, 3, 3, dtype=torch.int64), 3, None, None)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_groups_of_one_value(batch: int) -> None:
+    """A value less its mean is 0, whatever the batch: PyTorch refuses batch 1, and is off by 300 roundings else."""
+    x, weight, bias, scale, shift, _ = inputs((batch, 4, 1, 1))
+    y = group_norm_silu(x.requires_grad_(), 4, weight, bias, 1e-5, scale, shift)
+    expected = oracle(x.detach(), 4, weight, bias, 1e-5, scale, shift)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.abs().max() < 1e-4  # of terms of 316 each
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 0, 3), (2, 0, 3, 3)])
+def test_groups_of_nothing_are_refused(shape: tuple[int, ...]) -> None:
+    """PyTorch's own errors name neither tensor nor shape."""
+    with pytest.raises(ValueError, match=r"has no channels or no pixels"):
+        group_norm_silu(torch.zeros(shape), 2, None, None)

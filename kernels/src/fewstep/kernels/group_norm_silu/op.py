@@ -14,6 +14,8 @@ def _check(x: Tensor, groups: int, per_channel: dict[str, Tensor | None], per_sa
         raise ValueError(f"x {tuple(x.shape)} is {x.dtype}: must be of a floating dtype")
     if x.ndim < 2 or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups={groups} must divide the channels of x {tuple(x.shape)}, laid out (B, C, ...)")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} has no channels or no pixels: a group must hold at least one value")
     expected = dict.fromkeys(per_channel, tuple(x.shape[1:2])) | dict.fromkeys(per_sample, tuple(x.shape[:2]))
     for name, value in (per_channel | per_sample).items():
         if value is not None and tuple(value.shape) != expected[name]:

@@ -28,13 +28,15 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise in the layout of x, whose statistics lose no digits in it."""
+    """Normalise in the layout of x, whose statistics lose no digits in it; F.group_norm refuses groups of one value."""
+    if x.numel() == len(x) * groups:                              # each value is its own mean
+        x = x - x.detach()
     if not _is_channels_last(x):
         rows = x.flatten(2) if x.ndim > 2 else x                  # as 3-D it can only be taken for contiguous
-        return F.group_norm(rows, groups, weight, bias, eps).reshape(x.shape)
+        return torch.group_norm(rows, groups, weight, bias, eps).reshape(x.shape)
     if x.device.type == "cpu":
         x = x - _spatial(_group_mean(x.detach().mean((2, 3)), groups), x)
-    return F.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
+    return torch.group_norm(x, groups, weight, bias, eps).contiguous(memory_format=torch.channels_last)
 
 
 def _film(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
