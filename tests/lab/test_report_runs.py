@@ -16,7 +16,7 @@ from fewstep.lab.checkpoint import write_tensors
 from fewstep.lab.cli import main
 from fewstep.lab.config import ConfigError
 from fewstep.lab.evaluation import FORMAT
-from fewstep.lab.evaluation.scores import few
+from fewstep.lab.metrics import fewer_than_features
 from fewstep.lab.report.runs import curves, families, read_runs
 from fewstep.lab.report.runs_page import best, cost, over_w, results_table, same_noise, samples
 from fewstep.lab.report.tables import Table
@@ -128,7 +128,7 @@ def test_grids_against_statistics_stand_with_what_was_measured_against_the_same(
     theirs = measurement()
     row = {**results()["rows"][0], "mean": {"fid_heldout": 4.5}}  # no score: DINOv2 knows no classes
     row = {name: value for name, value in row.items() if name not in ("fid_heldout", "is")}
-    lacking = few(40, 2048, 50_000)
+    lacking = fewer_than_features(40, 2048, 50_000)
     found = {**results(), "teacher": [], "curve": [], "rows": [row], "reference": theirs["reference"],
              "features": f"inception-v3-compat features, {lacking}: FID means nothing",
              "extractor": {"name": "inception-v3-compat", "weights": theirs["weights"]}}  # fmt: skip

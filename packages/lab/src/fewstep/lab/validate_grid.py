@@ -65,13 +65,13 @@ def _check_features(key: str, stage: GridConfig, config: Config) -> None:
             given = getattr(stage, name)
             require(not given, f"{key}.{name}", given, f"left out without {key}.features, the name of an extractor")
         return
-    from fewstep.lab.evaluation.scores import few
+    from fewstep.lab.metrics import fewer_than_features
 
     (name, features), behind = _extractor(key, stage, config), config.data.heldout or None
     if stage.statistics:
         found = _statistics(f"{key}.statistics", Path(stage.statistics), name, config.data.image_size)
         features, behind = len(found.mean), found.count
-    lacking = None if features is None else few(stage.num_samples, features, behind)
+    lacking = None if features is None else fewer_than_features(stage.num_samples, features, behind)
     right = f"of as many as features at least ({lacking}); or set {key}.allow_few_samples=true"
     require(lacking is None or stage.allow_few_samples, f"{key}.num_samples", stage.num_samples, right)
 

@@ -14,7 +14,14 @@ from fewstep.lab.context import Interrupted, never
 from fewstep.lab.evaluation.plan import Draw
 from fewstep.lab.evaluation.samples import Samples
 from fewstep.lab.measuring.job import Extraction, summarise
-from fewstep.lab.metrics import FewSamplesError, Gaussian, Statistics, class_accuracy, frechet_distance
+from fewstep.lab.metrics import (
+    FewSamplesError,
+    Gaussian,
+    Statistics,
+    class_accuracy,
+    fewer_than_features,
+    frechet_distance,
+)
 from fewstep.lab.metrics.extractors import CLASSIFIER
 
 SPLITS = 10  # parts that the inception score of a published extractor is the mean of, as in papers
@@ -78,7 +85,7 @@ class Scores:
         else:
             reference = found = Statistics.load(statistics)
             found.refuse_other(statistics, extractor.name, extractor.weights, heldout.images.resolution)
-        lacking = few(samples, len(reference.mean), reference.count)
+        lacking = fewer_than_features(samples, len(reference.mean), reference.count)
         if lacking is not None and not allow_few_samples:
             raise FewSamplesError(
                 f"{lacking} of {extractor.name}: FID must be of as many at least; or set allow_few_samples=true, "
@@ -113,15 +120,6 @@ class Scores:
         if self.own and not samples.prompts:
             row["accuracy"] = accuracy(work, samples.labels(count))
         return row
-
-
-def few(samples: int, features: int, behind: int | None) -> str | None:
-    """What is fewer than the features that a Frechet distance is taken in, with both numbers; None if nothing is.
-
-    behind: images that the reference is of, if that is known. `fewstep report` finds the mark by its first words.
-    """
-    fewest, what = min((samples, "samples"), (behind or samples, "samples behind the reference"))
-    return f"fewer {what} ({fewest:,}) than features ({features:,})" if fewest < features else None
 
 
 def make(work: Extraction, stopping: Stopping) -> None:

@@ -22,6 +22,7 @@ from fewstep.lab.measuring.job import Extraction, Summary, summarise
 from fewstep.lab.metrics import (
     FewSamplesError,
     Statistics,
+    fewer_than_features,
     frechet_distance,
     kernel_distance,
     precision_recall,
@@ -79,12 +80,10 @@ class Measurement:
                 raise ConfigError(f"--reference {self.reference}: resolution={there}: must be {here}, as the samples'")
             return
         self.statistics.refuse_other(Path(self.reference), extractor.name, extractor.weights, images.resolution)
-        features = len(self.statistics.mean)
-        behind = self.statistics.count or images.count
-        fewest, what = min((images.count, "samples"), (behind, f"images behind {self.reference}"))
-        if fewest < features and not self.allow_few_samples:
+        lacking = fewer_than_features(images.count, len(self.statistics.mean), self.statistics.count)
+        if lacking is not None and not self.allow_few_samples:
             raise FewSamplesError(
-                f"{fewest:,} {what}, {features:,} features of {extractor.name}: FID must be of as many samples "
+                f"{lacking} of {extractor.name}, --reference {self.reference}: FID must be of as many samples "
                 "at least; KID is not biased by few: give --reference images in place of statistics; or set "
                 "--allow-few-samples, which is marked in every table"
             )
@@ -121,11 +120,9 @@ class Measurement:
             precision, recall = precision_recall(*kept)
             found |= {"kid": kid.mean, "kid_std": kid.std, "kid_samples": len(kept[0]), "kid_subset": kid.subset_size}
             found |= {"precision": precision, "recall": recall}
-        features, fewest = len(samples.moments.mean), min(samples.count, reference.count or samples.count)
-        if fewest < features:
-            refused = "" if self.allow_few_samples else "; refused, see KID, or set --allow-few-samples"
-            found["few_samples"] = f"fewer samples ({fewest:,}) than features ({features:,}){refused}"
-        taken = fewest >= features or self.allow_few_samples
+        lacking = fewer_than_features(samples.count, len(samples.moments.mean), reference.count)
+        taken = lacking is None or self.allow_few_samples
+        found["few_samples"] = lacking if taken else f"{lacking}; refused, see KID, or set --allow-few-samples"
         found["fid"] = frechet_distance(samples.moments, reference, allow_few_samples=True) if taken else None
         score = samples.score and samples.score.score()
         found |= {"is": score and score.mean, "is_std": score and score.std, "is_splits": self.splits}

@@ -103,6 +103,15 @@ class FewSamplesError(ValueError):
     """Fewer samples than features: their covariance is singular, and a Frechet distance mostly a matter of how few."""
 
 
+def fewer_than_features(samples: int, features: int, behind: int | None) -> str | None:
+    """What is fewer than the features that a Frechet distance is taken in, with both numbers; None if nothing is.
+
+    behind: images that the reference is of, if that is known. `fewstep report` finds the mark by its first words.
+    """
+    fewest, what = min((samples, "samples"), (behind or samples, "samples behind the reference"))
+    return f"fewer {what} ({fewest:,}) than features ({features:,})" if fewest < features else None
+
+
 def frechet_distance(a: Gaussian, b: Gaussian, *, allow_few_samples: bool = False) -> float:
     """Frechet distance |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians with these moments (FID, Heusel 2017).
 

@@ -17,12 +17,12 @@ from fewstep.lab.evaluation.circumstances import stage_seconds
 from fewstep.lab.evaluation.grid import Grid, alignment_verdicts, measure, verdicts
 from fewstep.lab.evaluation.plan import PAIRED
 from fewstep.lab.evaluation.samples import Samples
-from fewstep.lab.evaluation.scores import Scores, accuracy, few, make
+from fewstep.lab.evaluation.scores import Scores, accuracy, make
 from fewstep.lab.evaluation.timing import decoding_speed
 from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.measuring.images import HeldOutImages
 from fewstep.lab.measuring.job import Extraction
-from fewstep.lab.metrics import Statistics
+from fewstep.lab.metrics import Statistics, fewer_than_features
 from fewstep.lab.progress import SamplingProgress
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
@@ -41,7 +41,8 @@ def run(ctx: StageContext) -> None:
     with knowingly():
         rows = measure(samples, grid, scores, ctx.stopping)
     extractor, reference = scores.heldout.extractor, scores.reference
-    lacking = few(ctx.stage.num_samples, len(reference.mean), reference.count) if ctx.stage.features else None
+    few = fewer_than_features(ctx.stage.num_samples, len(reference.mean), reference.count)
+    lacking = few if ctx.stage.features else None  # of the run's own judge, `header` says it
     targets = [*verdicts(rows, ctx.stage.targets), *alignment_verdicts(rows, ctx.stage.alignment)]
     results: dict[str, Any] = {
         **header(ctx, train=len(data.train), heldout=len(data.heldout)),
