@@ -4,18 +4,23 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lab_configs import EXPERIMENTS
+from rich.console import Console
 
 from fewstep.lab.classifier import Classifier, save_classifier
 from fewstep.lab.cli import _arguments, _parser, main
 from fewstep.lab.compose import compose, compose_grid
 from fewstep.lab.config import Config, ConfigError
+from fewstep.lab.evaluation import samples
+from fewstep.lab.grid_array import Sets
 from fewstep.lab.metrics import Statistics
+from fewstep.lab.progress import unheard
 from fewstep.lab.report import read_runs
 from fewstep.lab.sampling import SAMPLERS, own_sampler
 from fewstep.lab.validate import stage_order
@@ -103,8 +108,11 @@ def test_the_debug_form_walks_every_stage(name: str, teachers: dict[str, list[st
 
 
 @pytest.mark.slow
-def test_a_grid_is_measured_by_any_extractor(tmp_path: Path) -> None:
-    """`evaluate --grid` of an experiment without a judge of its own, FID against statistics, samples not kept."""
+def test_a_grid_is_measured_by_any_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate --grid` of an experiment without a judge of its own, FID against statistics, samples not kept.
+
+    Made by three jobs, the sets are each made once, and come to the same figures.
+    """
     torch.manual_seed(0)
     save_classifier(Classifier(1, 10, width=8), tmp_path / "judge")
     experiment, out = str(EXPERIMENTS / "imagenet64"), tmp_path / "run"
@@ -125,6 +133,19 @@ def test_a_grid_is_measured_by_any_extractor(tmp_path: Path) -> None:
     names = {path.name for path in (out / "grid" / "cache").rglob("*.safetensors")}
     assert names == {"0000000-0000008.safetensors"}
     assert "FID to a.npz" in (out / "grid" / "table.md").read_text()
+    shutil.rmtree(out / "grid")
+    config = compose_grid(experiment, [*settings, *grid])
+    made: list[set[Path]] = []
+    for shard in (2, 0, 1):
+        before = set((out / "grid").rglob("*.safetensors"))
+        assert Sets("grid").make(config, shard, 3, lambda: False, Console(quiet=True), unheard)
+        made.append({path.parent for path in (out / "grid" / "features").rglob("*.safetensors") if path not in before})
+    assert all(made)
+    assert not (made[0] & made[1] | made[1] & made[2] | made[0] & made[2])
+    monkeypatch.setattr(samples, "_make_chunk", lambda *_: pytest.fail("a set was in nobody's share"))
+    assert main(["evaluate", experiment, "--grid", *settings, *grid]) == 0
+    again = json.loads((out / "grid" / "results.json").read_text())
+    assert [row["seeds"] for row in again["rows"]] == [row["seeds"] for row in results["rows"]]
 
 
 def test_data_that_are_not_given_are_asked_for() -> None:

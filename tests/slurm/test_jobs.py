@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,24 @@ def test_a_sharded_measurement_gives_the_figures_of_one_process_and_goes_on(
     assert [part.state for part in parts] == ["done"] * 3, parts  # no probe: nodes have written there
     assert measured(many) == row
     assert {path: path.stat().st_mtime_ns for path in rest} == before
+
+
+def test_a_sharded_grid_gives_the_figures_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
+    # Broken: sets that no job made are made by the last one alone, or the figures depend on how many jobs there were.
+    save_classifier(Classifier(1, 10, width=8), tmp_path / "judge")
+    one, many = tmp_path / "one", tmp_path / "many"
+    experiment = [str(ROOT / "experiments" / "imagenet64"), "preset=debug"]
+    sizes = ["num_samples=24", "paired_noises=8", "chunk=8", "sampling_seeds=1", "weights=[0]", "steps=[2]"]
+    grid = ["--grid", *(f"stages.grid.{size}" for size in sizes), f"stages.grid.features={tmp_path / 'judge'}"]
+    assert main(["run", *experiment, f"out={one}"]) == 0
+    shutil.copytree(one, many)
+    assert main(["evaluate", *experiment, *grid, f"out={one}"]) == 0
+    assert main(["evaluate", *experiment, *grid, f"out={many}", "--shards", "2", *SITE]) == 0
+    parts = settled_shards(many / "grid")
+    assert [part.state for part in parts] == ["done"] * 4, parts  # the probe, two shards, what measures them
+    found = [json.loads((out / "grid" / "results.json").read_text())["rows"] for out in (one, many)]
+    assert len(found[0]) == 5
+    assert [row["seeds"] for row in found[0]] == [row["seeds"] for row in found[1]]
 
 
 def measured(out: Path) -> dict[str, float]:

@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=_run_kind, kind=kind, grid=False)
         if kind == "evaluate":
             command.add_argument("--grid", action="store_true", help="measure a grid of w x steps instead")
+            text = "jobs that share the sets of a grid, with cluster=slurm; the stages before it must be done"
+            command.add_argument("--shards", type=int, default=1, help=text)
         else:
             text = "folder of a page that compares runs, given in place of an experiment: fewstep report RUN [RUN ...]"
             command.add_argument("--out", default="comparison", metavar="DIR", help=text)
@@ -135,15 +137,22 @@ def _run_kind(args: argparse.Namespace, console: Console) -> int:
     from fewstep.lab.cluster.monitor import refuse_submitted
     from fewstep.lab.compose import compose, compose_grid
     from fewstep.lab.config import ConfigError
+    from fewstep.lab.grid_array import submit_grid
     from fewstep.lab.record import ancestry, is_done
     from fewstep.lab.runner import run_experiment
+    from fewstep.lab.sample import check_shards, require
     from fewstep.lab.validate import stage_order
 
     config = (compose_grid if args.grid else compose)(args.experiment, args.overrides)
+    shards = getattr(args, "shards", 1)
+    check_shards(shards, config.cluster)
+    require(shards == 1 or args.grid, "--shards", shards, "1 without --grid")
     kinds = ("grid",) if args.grid else (args.kind, ALIKE.get(args.kind))
     found = [name for name in stage_order(config) if config.stages[name].kind in kinds]
     if not found:
         raise ConfigError(f"stages: {args.experiment} has no stage of kind {args.kind}")
+    if shards > 1:
+        return submit_grid(config, found[-1], shards, console, args.words)
     first = [name for name in ancestry(config, found[-1])[:-1] if not is_done(Path(config.out) / name)]
     if first:
         console.print(f"{found[-1]} needs first: {', '.join(first)} (not done in {config.out})")

@@ -124,6 +124,11 @@ class Samples:
         """A set alone, of the chunks that hold its first `count` samples."""
         return replace(self, sizes={draw: min(self.sizes[draw], -(-count // self.chunk) * self.chunk)})
 
+    def share(self, shard: int, shards: int) -> Samples:
+        """Every `shards`-th set from `shard` on, in the order of what they cost."""
+        dearest = sorted(self.sizes, key=lambda draw: -self.sizes[draw] * self.nfe(draw))
+        return replace(self, sizes={draw: self.sizes[draw] for draw in dearest[shard::shards]})
+
     def forget(self, draw: Draw, kept: int) -> None:
         """Delete the chunks of a set that hold none of its first `kept` samples."""
         for start, stop in self.spec(draw).ranges(self.sizes[draw]):

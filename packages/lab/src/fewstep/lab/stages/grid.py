@@ -23,7 +23,7 @@ from fewstep.lab.evaluation.zoo import Model
 from fewstep.lab.measuring.images import HeldOutImages
 from fewstep.lab.measuring.job import Extraction
 from fewstep.lab.metrics import Statistics, fewer_than_features
-from fewstep.lab.progress import SamplingProgress
+from fewstep.lab.progress import SamplingProgress, Tell
 from fewstep.lab.report.grid import write_grid_report
 from fewstep.lab.sampling import knowingly
 from fewstep.lab.stages.evaluate import samples_of, students_of
@@ -37,7 +37,7 @@ def run(ctx: StageContext) -> None:
     data = load_data(ctx.config.data)
     samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
     scores = scores_of(ctx, data)
-    make_sets(ctx, samples, scores)
+    make_sets(ctx, samples, scores, ctx.tell)
     with knowingly():
         rows = measure(samples, grid, scores, ctx.stopping)
     extractor, reference = scores.heldout.extractor, scores.reference
@@ -80,11 +80,23 @@ def scores_of(ctx: StageContext, data: Data) -> Scores:
     return Scores.of(heldout, statistics, stage.num_samples, stage.allow_few_samples, ctx.stopping)
 
 
-def make_sets(ctx: StageContext, samples: Samples, scores: Scores) -> None:
+def make_share(ctx: StageContext, shard: int, shards: int, tell: Tell) -> None:
+    """The sets of one of `shards` jobs, so that none has all the dear ones.
+
+    Raises:
+        Interrupted: asked to stop; what was made is kept.
+    """
+    grid, models = grid_of(ctx)
+    data = load_data(ctx.config.data)
+    samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
+    make_sets(ctx, samples.share(shard, shards), scores_of(ctx, data), tell)
+
+
+def make_sets(ctx: StageContext, samples: Samples, scores: Scores, tell: Tell) -> None:
     """Every set and its features; samples that no paired error needs are forgotten set by set, if that is asked for."""
     stage, keep = ctx.stage, ctx.stage.keep_samples
     if keep:
-        samples.make(ctx.console, ctx.config.progress, ctx.stopping, ctx.tell)
+        samples.make(ctx.console, ctx.config.progress, ctx.stopping, tell)
     measured = [draw for draw in samples.sizes if draw.prompts != UNSEEN]
     with SamplingProgress(ctx.console, len(measured) * stage.num_samples, bar=ctx.config.progress and keep) as shown:
         for draw in measured:
@@ -98,7 +110,7 @@ def make_sets(ctx: StageContext, samples: Samples, scores: Scores) -> None:
             shown.advance(f"features of {draw.label}", stage.num_samples, 1, time.perf_counter() - began)
             if not keep:
                 samples.forget(draw, paired)
-                ctx.tell(shown.made, shown.total)
+                tell(shown.made, shown.total)
 
 
 def grid_of(ctx: StageContext) -> tuple[Grid, dict[str, Model]]:
