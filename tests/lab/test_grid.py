@@ -32,7 +32,6 @@ from fewstep.lab.measuring.images import HeldOutImages
 from fewstep.lab.measuring.job import Extraction
 from fewstep.lab.metrics import Extractor, FewSamplesError, Moments, Statistics, frechet_distance
 from fewstep.lab.metrics.extractors import CLASSIFIER
-from fewstep.lab.progress import unheard
 from fewstep.lab.report import grid as report
 from fewstep.lab.sampling import own_sampler
 from fewstep.lab.stages import grid as stage
@@ -243,15 +242,15 @@ def test_forgotten_samples_change_no_figure(
     stopped, told, drawn = iter([False] * 40 + [True] if killed else []), list[tuple[int, int]](), list[int]()
     ctx: Any = SimpleNamespace(
         stage=options, console=Console(quiet=True), config=SimpleNamespace(progress=False),
-        stopping=lambda: next(stopped, False), tell=lambda *pieces: told.append(pieces),
+        stopping=lambda: next(stopped, False),
     )  # fmt: skip
     draw_chunk = sets._make_chunk
     monkeypatch.setattr(sets, "_make_chunk", lambda *job: drawn.append(job[2]) or draw_chunk(*job))
     if killed:
         with pytest.raises(Interrupted):
-            stage.make_sets(ctx, kept, scores(tmp_path), unheard)
+            stage.make_sets(ctx, kept, scores(tmp_path), lambda *pieces: told.append(pieces))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    stage.make_sets(ctx, kept, scores(tmp_path), unheard)
+    stage.make_sets(ctx, kept, scores(tmp_path), lambda *pieces: told.append(pieces))
     assert sorted(drawn) == sorted([0, 25, 50] * len(kept.sizes))
     assert told[-1] == (60 * len(kept.sizes), 60 * len(kept.sizes))
     files = list(tmp_path.glob("*/*.safetensors"))
