@@ -33,9 +33,7 @@ from fewstep.lab.validate_teachers import TEACHERS
 
 def run(ctx: StageContext) -> None:
     """Sample, measure, write."""
-    grid, models = grid_of(ctx)
-    data = load_data(ctx.config.data)
-    samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
+    grid, data, samples = _asked(ctx)
     scores = scores_of(ctx, data)
     make_sets(ctx, samples, scores, ctx.tell)
     with knowingly():
@@ -56,7 +54,7 @@ def run(ctx: StageContext) -> None:
         },
         "rows": rows,
         "decoding_images_per_second": decoding_speed(samples),
-        "networks": {name: model.size for name, model in models.items()},
+        "networks": {name: model.size for name, model in samples.models.items()},
         "stage_seconds": stage_seconds(ctx),
         "circumstances": made_with(ctx, samples.workers),
         "targets": [target.to_json() for target in targets],
@@ -68,6 +66,13 @@ def run(ctx: StageContext) -> None:
     write_results(ctx, results)
     say_targets(ctx, results)
     ctx.console.print(f"{ctx.stage.name}  {ctx.out / 'table.md'}", highlight=False)
+
+
+def _asked(ctx: StageContext) -> tuple[Grid, Data, Samples]:
+    """What is to be measured, the data, and the sets of samples that it takes."""
+    grid, models = grid_of(ctx)
+    data = load_data(ctx.config.data)
+    return grid, data, samples_of(ctx, grid.requests(), models, prompts_of(data))
 
 
 def scores_of(ctx: StageContext, data: Data) -> Scores:
@@ -86,9 +91,7 @@ def make_share(ctx: StageContext, shard: int, shards: int, tell: Tell) -> None:
     Raises:
         Interrupted: asked to stop; what was made is kept.
     """
-    grid, models = grid_of(ctx)
-    data = load_data(ctx.config.data)
-    samples = samples_of(ctx, grid.requests(), models, prompts_of(data))
+    _, data, samples = _asked(ctx)
     make_sets(ctx, samples.share(shard, shards), scores_of(ctx, data), tell)
 
 
