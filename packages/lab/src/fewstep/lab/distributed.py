@@ -1,5 +1,6 @@
 """One process or many: what the rest of the lab needs to know of torchrun."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,13 @@ def start(device: torch.device, store: dist.Store | None = None) -> None:  # typ
 
 
 def stop() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one.
+
+    Sharded networks hold it, and one that nobody else holds any more but itself, as after an error, may hold it until
+    Python ends: gloo then aborts the process ("terminate called without an active exception").
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
