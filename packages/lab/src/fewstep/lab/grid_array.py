@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fewstep.lab.config_shards import ConfigShards
+
 if TYPE_CHECKING:
     from fewstep.lab.config import Config
     from fewstep.lab.progress import Tell
@@ -36,19 +38,11 @@ def submit_grid(config: Config, grid: str, shards: int, console: Console, words:
 
 
 @dataclass(frozen=True)
-class Sets:
+class Sets(ConfigShards):
     """The samples and features of a stage of kind grid."""
 
     grid: str
     stage: str = "sets"
-
-    def __call__(
-        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
-    ) -> bool:
-        """The shard of a submission."""
-        from fewstep.lab.cluster.ledger import Submission, read_config
-
-        return self.make(read_config(Submission(folder, "slurm")), shard, shards, stop, console, tell)
 
     def make(
         self, config: Config, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
@@ -69,17 +63,16 @@ class Sets:
 
 
 @dataclass(frozen=True)
-class Measuring:
+class Measuring(ConfigShards):
     """The stage itself, which finds every set made."""
 
     grid: str
     stage: str = "grid"
 
-    def __call__(
-        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
+    def make(
+        self, config: Config, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
     ) -> bool:
-        """The last job of a submission."""
-        from fewstep.lab.cluster.ledger import Submission, read_config
+        """Walk to its end; False if stopped before."""
         from fewstep.lab.runner import run_experiment
 
-        return run_experiment(read_config(Submission(folder, "slurm")), until=self.grid, console=console) == 0
+        return run_experiment(config, until=self.grid, console=console) == 0

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
+from fewstep.lab.config_shards import ConfigShards
+
 if TYPE_CHECKING:
     from fewstep.distill import TargetMethod
     from fewstep.lab.config import Config
@@ -60,21 +62,13 @@ def command(args: argparse.Namespace, console: Console) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(ConfigShards):
     """What is to be made of an experiment: targets of `stage` in `root`, `draws` epochs of them in files of `chunk`."""
 
     stage: str
     root: str
     draws: int
     chunk: int
-
-    def __call__(
-        self, folder: Path, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
-    ) -> bool:
-        """The shard of a submission."""
-        from fewstep.lab.cluster.ledger import Submission, read_config
-
-        return self.make(read_config(Submission(folder, "slurm")), shard, shards, stop, console, tell)
 
     def make(
         self, config: Config, shard: int, shards: int, stop: Callable[[], bool], console: Console, tell: Tell
